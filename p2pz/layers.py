@@ -1,0 +1,93 @@
+"""Convolutional building blocks shared by the UNet and the VAE. Parameter names are those of the diffusers layout."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions with group norm and SiLU, plus the input.
+
+    Args:
+        in_channels, out_channels: a 1x1 convolution carries the input over when they differ.
+        groups: groups of both norms.
+        eps: epsilon of both norms: 1e-5 in the UNet, 1e-6 in the VAE.
+        time_channels: width of the time embedding that is added between the convolutions; None for none.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, time_channels: int | None = None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_channels, out_channels) if time_channels else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
+        """`[B, in_channels, h, w]` and, if the block was built for it, `[B, time_channels]`."""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            hidden = hidden + self.time_emb_proj(F.silu(time_embedding))[:, :, None, None]
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided convolution.
+
+    The UNet pads symmetrically; the VAE only on the right and at the bottom (`padding=0`).
+    """
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, h, w]` to `[B, C, ceil(h / 2), ceil(w / 2)]` (floor in the VAE)."""
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Enlarge by nearest neighbour, then convolve."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """`[B, C, h, w]` to twice that size, or to `size` where an odd size was halved before."""
+        return self.conv(F.interpolate(x, size=size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """`[B, C, h, w]` to `[B, h * w, C]`; no copy when `x` is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    """`[B, height * width, C]` to a channels-last `[B, C, height, width]`, without a copy."""
+    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def pointwise(projection: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
+    """Apply a linear layer, or the 1x1 convolution that some checkpoints hold in its place, to `[B, N, C]` tokens."""
+    return F.linear(tokens, projection.weight.flatten(1), projection.bias)
+
+
+def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
+    """Sinusoidal features of the timestep: cosines first, then sines.
+
+    Args:
+        timesteps: `[B]`, training steps (0 to 999).
+        channels: width of the embedding, even.
+
+    Returns:
+        `[B, channels]` float32.
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.5, with frequencies 10000^(-2i / channels).
+    """
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.float()[:, None] * (10000.0**-exponent)[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

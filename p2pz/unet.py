@@ -1,0 +1,362 @@
+"""The noise predictor of Stable Diffusion 1.x and 2.x."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from p2pz.attention import Attend, Site, attend
+from p2pz.layers import Downsample, ResnetBlock, Upsample, pointwise, timestep_embedding, to_map, to_tokens
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a UNet. One entry per level in the tuples, from the finest to the coarsest.
+
+    Attributes:
+        in_channels, out_channels: latent channels.
+        sample_size: latent height and width the model was trained at; others work.
+        block_out_channels: channels of each level.
+        layers_per_block: residual blocks per level on the way down; one more on the way up.
+        cross_attention: whether the level has transformers.
+        heads: attention heads of the level.
+        context_channels: width of the text states.
+        linear_projection: transformers enter and leave through linear layers (SD 2.x) instead of 1x1 convolutions.
+        norm_groups: groups of all group norms.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    sample_size: int = 64
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    cross_attention: tuple[bool, ...] = (True, True, True, False)
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    context_channels: int = 768
+    linear_projection: bool = False
+    norm_groups: int = 32
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> "UNetConfig":
+        """Read the `config.json` of a diffusers UNet folder.
+
+        Args:
+            config: the parsed file.
+
+        Raises:
+            ValueError: the file describes a UNet that is not Stable Diffusion 1.x or 2.x; names the setting.
+        """
+        for key, expected in _EXPECTED_SETTINGS.items():
+            if config.get(key, expected) not in (expected, None):
+                raise ValueError(f"this UNet is not of the Stable Diffusion 1.x/2.x family: its {key} is {config[key]}")
+        channels = tuple(config["block_out_channels"])
+        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)  # diffusers' misnomer
+        for key in ("down_block_types", "up_block_types"):
+            kinds = config.get(key, ())
+            unknown = set(kinds) - _BLOCK_KINDS
+            if unknown or len(kinds) != len(channels):
+                raise ValueError(f"this UNet is not of the Stable Diffusion 1.x/2.x family: its {key} is {kinds}")
+        return cls(
+            in_channels=config["in_channels"],
+            out_channels=config["out_channels"],
+            sample_size=config.get("sample_size", 64),
+            block_out_channels=channels,
+            layers_per_block=config.get("layers_per_block", 2),
+            cross_attention=tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"]),
+            heads=tuple(heads) if isinstance(heads, (list, tuple)) else (heads,) * len(channels),
+            context_channels=config["cross_attention_dim"],
+            linear_projection=bool(config.get("use_linear_projection", False)),
+            norm_groups=config.get("norm_num_groups", 32),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The `config.json` of a diffusers UNet folder that describes this shape."""
+        down = ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in self.cross_attention]
+        up = ["CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(self.cross_attention)]
+        fields = asdict(self)
+        for name in ("cross_attention", "heads", "context_channels", "linear_projection", "norm_groups"):
+            del fields[name]
+        return fields | {
+            "_class_name": "UNet2DConditionModel",
+            "down_block_types": down,
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "up_block_types": up,
+            "attention_head_dim": list(self.heads),
+            "cross_attention_dim": self.context_channels,
+            "use_linear_projection": self.linear_projection,
+            "norm_num_groups": self.norm_groups,
+            "norm_eps": 1e-5,
+            "act_fn": "silu",
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "downsample_padding": 1,
+            "center_input_sample": False,
+        }
+
+
+_BLOCK_KINDS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+
+_EXPECTED_SETTINGS = {
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "center_input_sample": False,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "transformer_layers_per_block": 1,
+    "only_cross_attention": False,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "encoder_hid_dim": None,
+    "time_cond_proj_dim": None,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+    "attention_type": "default",
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+}
+
+STABLE_DIFFUSION_1 = UNetConfig()
+STABLE_DIFFUSION_2 = UNetConfig(heads=(5, 10, 20, 20), context_channels=1024, linear_projection=True)
+STABLE_DIFFUSION_2_768 = UNetConfig(
+    sample_size=96, heads=(5, 10, 20, 20), context_channels=1024, linear_projection=True
+)
+MINI = UNetConfig(
+    sample_size=32,
+    block_out_channels=(64, 128, 160),
+    layers_per_block=1,
+    cross_attention=(True, True, True),
+    heads=(4, 4, 4),
+    context_channels=128,
+)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens to a context; the arithmetic between projections is the caller's `attend`."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int, kind: str, path: str):
+        super().__init__()
+        self.heads, self.kind, self.path = heads, kind, path
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, tokens: Tensor, context: Tensor, size: tuple[int, int], attend: Attend) -> Tensor:
+        """`[B, N, C]` tokens and `[B, M, context_channels]` to `[B, N, C]`, `N = size[0] * size[1]`."""
+        q, k, v = (
+            projection(source).unflatten(-1, (self.heads, -1))
+            for projection, source in ((self.to_q, tokens), (self.to_k, context), (self.to_v, context))
+        )
+        site = Site(self.path, self.kind, *size, self.heads)
+        return self.to_out[0](attend(q, k, v, site).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """`value * gelu(gate)` of one projection. Source: Shazeer, "GLU Variants Improve Transformer" (2020)."""
+
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`[B, N, channels]` to `[B, N, inner]`."""
+        value, gate = self.proj(tokens).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`[B, N, channels]` to the same shape."""
+        return self.net[2](self.net[0](tokens))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text and a feed-forward layer, each normed before and added after."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int, path: str):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, heads, "self", f"{path}.attn1")
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, context_channels, heads, "cross", f"{path}.attn2")
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, tokens: Tensor, context: Tensor, size: tuple[int, int], attend: Attend) -> Tensor:
+        """`[B, N, C]` to `[B, N, C]`."""
+        normed = self.norm1(tokens)
+        tokens = tokens + self.attn1(normed, normed, size, attend)
+        tokens = tokens + self.attn2(self.norm2(tokens), context, size, attend)
+        return tokens + self.ff(self.norm3(tokens))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the positions of a feature map, plus the input."""
+
+    def __init__(self, channels: int, heads: int, config: UNetConfig, path: str):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+        project = nn.Linear if config.linear_projection else lambda i, o: nn.Conv2d(i, o, 1)
+        self.proj_in = project(channels, channels)
+        block = TransformerBlock(channels, config.context_channels, heads, f"{path}.transformer_blocks.0")
+        self.transformer_blocks = nn.ModuleList([block])
+        self.proj_out = project(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor, attend: Attend) -> Tensor:
+        """`[B, C, h, w]` to the same shape."""
+        height, width = x.shape[2:]
+        tokens = pointwise(self.proj_in, to_tokens(self.norm(x)))
+        tokens = self.transformer_blocks[0](tokens, context, (height, width), attend)
+        return x + to_map(pointwise(self.proj_out, tokens), height, width)
+
+
+class Level(nn.Module):
+    """One resolution on the way down or up: residual blocks, transformers, and the change of resolution."""
+
+    def __init__(
+        self,
+        widths: list[tuple[int, int]],
+        heads: int | None,
+        config: UNetConfig,
+        path: str,
+        resample: nn.Module | None,
+    ):
+        """`widths` lists (in, out) channels of each residual block; `heads` is None for a level without attention."""
+        super().__init__()
+        time_channels = 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(before, after, config.norm_groups, 1e-5, time_channels) for before, after in widths
+        )
+        if heads is not None:
+            self.attentions = nn.ModuleList(
+                SpatialTransformer(after, heads, config, f"{path}.attentions.{i}")
+                for i, (_, after) in enumerate(widths)
+            )
+        if isinstance(resample, Downsample):
+            self.downsamplers = nn.ModuleList([resample])
+        elif isinstance(resample, Upsample):
+            self.upsamplers = nn.ModuleList([resample])
+
+    def layer(self, i: int, x: Tensor, time_embedding: Tensor, context: Tensor, attend: Attend) -> Tensor:
+        """The i-th residual block and, where there is one, the transformer behind it."""
+        x = self.resnets[i](x, time_embedding)
+        return self.attentions[i](x, context, attend) if hasattr(self, "attentions") else x
+
+
+class MiddleLevel(nn.Module):
+    """Residual block, transformer, residual block at the coarsest resolution."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        channels, time_channels = config.block_out_channels[-1], 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(channels, channels, config.norm_groups, 1e-5, time_channels) for _ in range(2)
+        )
+        self.attentions = nn.ModuleList(
+            [SpatialTransformer(channels, config.heads[-1], config, "mid_block.attentions.0")]
+        )
+
+    def forward(self, x: Tensor, time_embedding: Tensor, context: Tensor, attend: Attend) -> Tensor:
+        """`[B, C, h, w]` to the same shape."""
+        x = self.attentions[0](self.resnets[0](x, time_embedding), context, attend)
+        return self.resnets[1](x, time_embedding)
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers over the sinusoidal timestep features."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[B, channels]` to `[B, 4 * channels]`."""
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) in a latent.
+
+    Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022), section 3.3.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        channels, levels = config.block_out_channels, len(config.block_out_channels)
+        heads = [h if cross else None for h, cross in zip(config.heads, config.cross_attention, strict=True)]
+
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(channels[0])
+
+        skips = [channels[0]]  # channels of every tensor that the way down leaves for the way up
+        self.down_blocks = nn.ModuleList()
+        for i in range(levels):
+            widths = [(skips[-1] if j == 0 else channels[i], channels[i]) for j in range(config.layers_per_block)]
+            resample = Downsample(channels[i], padding=1) if i < levels - 1 else None
+            self.down_blocks.append(Level(widths, heads[i], config, f"down_blocks.{i}", resample))
+            skips += [channels[i]] * (config.layers_per_block + (i < levels - 1))
+
+        self.mid_block = MiddleLevel(config)
+
+        self.up_blocks = nn.ModuleList()
+        before = channels[-1]
+        for i in range(levels):
+            level = levels - 1 - i
+            widths = []
+            for _ in range(config.layers_per_block + 1):
+                widths.append((before + skips.pop(), channels[level]))
+                before = channels[level]
+            resample = Upsample(channels[level]) if level > 0 else None
+            self.up_blocks.append(Level(widths, heads[level], config, f"up_blocks.{i}", resample))
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, attend: Attend = attend) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            latents: `[B, in_channels, h, w]`, any height and width.
+            timesteps: `[B]` or a scalar tensor, training steps (0 to 999).
+            context: text states, `[B, M, context_channels]`, same dtype as the latents.
+            attend: what happens in every attention layer, see `p2pz.attention`.
+
+        Returns:
+            `[B, out_channels, h, w]`: the noise, or v for a v-prediction checkpoint.
+        """
+        features = timestep_embedding(timesteps.expand(len(latents)), self.config.block_out_channels[0])
+        time_embedding = self.time_embedding(features.to(latents.dtype))
+
+        x = self.conv_in(latents)
+        skips = [x]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                x = level.layer(i, x, time_embedding, context, attend)
+                skips.append(x)
+            if hasattr(level, "downsamplers"):
+                x = level.downsamplers[0](x)
+                skips.append(x)
+
+        x = self.mid_block(x, time_embedding, context, attend)
+
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time_embedding, context, attend)
+            if hasattr(level, "upsamplers"):
+                x = level.upsamplers[0](x, tuple(skips[-1].shape[2:]))
+
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
