@@ -63,7 +63,8 @@ def autocorrelation_loss(noise: Tensor, offsets: Tensor | None = None, form: str
     With `m(d, axis) = mean over positions of n * roll(n, d, axis)`, summed over channels, levels and both axes:
 
     - `"random"`: `m(d)^2` at the given offset of each channel and level (what the authors' code does).
-    - `"every"`: the mean of `m(d)^2` over d = 1 ... S/2 - 1: the expectation of the random form.
+    - `"every"`: the mean of `m(d)^2` over d = 1 ... S/2 - 1: the expectation of the random form for offsets
+      drawn from that range.
     - `"paper"`: the sum of `m(d)`, not squared, over d = 1 ... S - 1: equation 2 of the paper as printed.
 
     S is the smaller of the level's height and width. Levels are added until the height is at most 8.
@@ -173,7 +174,7 @@ def regularise_noise(
 
     Source: Parmar et al. (2023), section 3.1; step schedule of the authors' code (`ddim_inv.py`).
     """
-    noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    noise = noise.to(torch.promote_types(noise.dtype, torch.float32), copy=True)
     rounds, rolls = offsets.shape[:2]
     for i in range(rounds):
         if autocorrelation_strength:

@@ -1,5 +1,6 @@
 """Noise schedule of Stable Diffusion and the deterministic DDIM update."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,10 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def rows(self) -> Iterator[tuple[Tensor, float, float]]:
+        """(timestep as a scalar tensor, alpha-bar before, alpha-bar after) of each step."""
+        return zip(self.timesteps, self.alphas_from.tolist(), self.alphas_to.tolist(), strict=True)
 
 
 def denoising_schedule(steps: int) -> Schedule:

@@ -49,15 +49,14 @@ class UNetConfig:
             ValueError: the file describes a UNet that is not Stable Diffusion 1.x or 2.x; names the setting.
         """
         for key, expected in _EXPECTED_SETTINGS.items():
-            if config.get(key, expected) not in (expected, None):
+            if config.get(key, expected) != expected:
                 raise ValueError(f"this UNet is not of the Stable Diffusion 1.x/2.x family: its {key} is {config[key]}")
         channels = tuple(config["block_out_channels"])
         heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)  # diffusers' misnomer
-        for key in ("down_block_types", "up_block_types"):
-            kinds = config.get(key, ())
-            unknown = set(kinds) - _BLOCK_KINDS
-            if unknown or len(kinds) != len(channels):
-                raise ValueError(f"this UNet is not of the Stable Diffusion 1.x/2.x family: its {key} is {kinds}")
+        mirrored = [kind.replace("Down", "Up") for kind in reversed(config["down_block_types"])]
+        for key, kinds in (("down_block_types", config["down_block_types"]), ("up_block_types", mirrored)):
+            if list(config[key]) != list(kinds) or not set(kinds) <= _BLOCK_KINDS or len(kinds) != len(channels):
+                raise ValueError(f"this UNet is not of the Stable Diffusion 1.x/2.x family: its {key} is {config[key]}")
         return cls(
             in_channels=config["in_channels"],
             out_channels=config["out_channels"],
@@ -111,9 +110,17 @@ _EXPECTED_SETTINGS = {
     "only_cross_attention": False,
     "dual_cross_attention": False,
     "class_embed_type": None,
+    "num_class_embeds": None,
     "addition_embed_type": None,
     "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
     "time_cond_proj_dim": None,
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "cross_attention_norm": None,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
     "attention_type": "default",

@@ -48,9 +48,9 @@ class VAEConfig:
             ValueError: the file describes another kind of autoencoder; names the setting.
         """
         for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if set(config.get(key, [kind])) != {kind}:
+            if config[key] != [kind] * len(config["block_out_channels"]):
                 raise ValueError(f"this VAE is not a Stable Diffusion AutoencoderKL: its {key} is {config[key]}")
-        for key, expected in (("act_fn", "silu"), ("use_quant_conv", True), ("mid_block_add_attention", True)):
+        for key, expected in _EXPECTED_SETTINGS.items():
             if config.get(key, expected) != expected:
                 raise ValueError(f"this VAE is not a Stable Diffusion AutoencoderKL: its {key} is {config[key]}")
         return cls(
@@ -77,6 +77,18 @@ class VAEConfig:
             "norm_num_groups": self.norm_groups,
         }
 
+
+_EXPECTED_SETTINGS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "act_fn": "silu",
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
 
 STABLE_DIFFUSION = VAEConfig()
 MINI = VAEConfig(block_out_channels=(32, 64, 128), layers_per_block=1, norm_groups=16, sample_size=128)

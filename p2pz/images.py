@@ -1,0 +1,187 @@
+"""Images in and out: files, PIL images and arrays to tensors, and back."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+ImageLike = str | os.PathLike | Image.Image | np.ndarray
+
+LARGEST_SHAPE_RATIO = 8
+"""Longer images than this are refused: at a model's size their short side would be a few latents."""
+
+
+def read_image(image: ImageLike) -> Image.Image:
+    """Any accepted form of an image as an upright RGB picture; transparency becomes white.
+
+    Args:
+        image: a path, a PIL image, or an array `[H, W, 3]` (also `[H, W]` or `[H, W, 4]`), uint8 or floats in [0, 1].
+
+    Raises:
+        ValueError: the file is missing or no image, the array has another shape or range, or a side is a few pixels.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        picture = _open(Path(image))
+    elif isinstance(image, Image.Image):
+        picture = image
+    elif isinstance(image, np.ndarray):
+        picture = _from_array(image)
+    else:
+        raise ValueError(f"an image is a path, a PIL image or a numpy array, not {type(image).__name__}")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    if min(picture.size) < 16 or max(picture.size) > LARGEST_SHAPE_RATIO * min(picture.size):
+        raise ValueError(
+            f"an image of {picture.width} x {picture.height} pixels cannot be edited: both sides must be at least "
+            f"16 pixels and one at most {LARGEST_SHAPE_RATIO} times the other"
+        )
+    return picture.convert("RGB")
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError:
+        raise ValueError(f"image {path} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path} cannot be read: {error}") from None
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or array.size == 0:
+        raise ValueError(f"an image array has shape [height, width, 3], not {list(array.shape)}")
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise ValueError("an image array of floats holds values from 0 to 1; this one does not (uint8: 0 to 255)")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"an image array is uint8 or floating point, not {array.dtype}")
+    return Image.fromarray(array)
+
+
+def as_list(images: Any) -> tuple[list[Any], bool]:
+    """The images as a list, and whether it was a single one. Raises ValueError for an empty list."""
+    if not isinstance(images, (list, tuple)):
+        return [images], True
+    if not images:
+        raise ValueError("the list of images is empty: give at least one")
+    return list(images), False
+
+
+def same_size_groups(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Indices of the images that can share a batch, group by group.
+
+    Args:
+        sizes: the size of every image.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, size in enumerate(sizes):
+        groups.setdefault(tuple(size), []).append(i)
+    return list(groups.values())
+
+
+def working_size(size: tuple[int, int], native: int, multiple: int) -> tuple[int, int]:
+    """The size at which a model works on an image: about `native * native` pixels in the image's own shape.
+
+    Args:
+        size: width and height of the image.
+        native: width and height the model was trained at.
+        multiple: both results are multiples of it (pixels per latent).
+
+    Returns:
+        Width and height.
+    """
+    scale = native / (size[0] * size[1]) ** 0.5
+    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in size)
+
+
+def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of one size as `[B, 3, H, W]` float32 in [-1, 1]."""
+    arrays = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
+    return torch.from_numpy(arrays / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """`[B, 3, H, W]` in [-1, 1] as PIL pictures."""
+    arrays = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+def psnr(image: Any, reference: Any, mask: Any = None) -> float:
+    """Peak signal-to-noise ratio of two pictures of one size, in dB.
+
+    Args:
+        image, reference: PIL pictures or uint8 arrays `[H, W, 3]`.
+        mask: booleans `[H, W]`; only pixels where it is true count.
+
+    Returns:
+        `10 log10(255^2 / mean squared difference)`; infinite for equal pictures.
+    """
+    difference = np.asarray(image, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    if mask is not None:
+        difference = difference[np.asarray(mask)]
+    error = np.square(difference).mean()
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike):
+    """A temporary path beside `path` that replaces it when the block ends well, and is deleted when it does not.
+
+    Args:
+        path: where the finished file goes.
+
+    Raises:
+        ValueError: the folder does not exist or cannot be written to.
+    """
+    path = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror.lower()}") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; the result is an ordinary file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_image(picture: Image.Image, path: str | os.PathLike) -> None:
+    """Write a picture whole or not at all; the format follows the file name.
+
+    Args:
+        picture: what to save.
+        path: for instance `out.png`.
+
+    Raises:
+        ValueError: the name's ending is no image format, or the place cannot be written to.
+    """
+    check_image_path(path)
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
+
+
+def check_image_path(path: str | os.PathLike) -> None:
+    """Raise ValueError if `save_image` could not write this path; to be called before long work."""
+    path = Path(path)
+    Image.init()
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"cannot save an image as {path}: give a name that ends in .png or .jpg")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: the folder {path.parent} does not exist")

@@ -1,0 +1,256 @@
+"""From an image to the noise that reproduces it: DDIM backwards in time, with regularised noise predictions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from p2pz.captions import captions_for
+from p2pz.images import ImageLike, as_list, atomic_path, read_image, same_size_groups, to_tensor, working_size
+from p2pz.kernels import regularise_noise
+from p2pz.kernels.regulariser import pyramid_heights
+from p2pz.model import Model, load
+from p2pz.presets import Settings, settings_for
+from p2pz.schedule import authors_inversion_schedule, ddim_step, inversion_schedule
+
+_SCHEDULES = {"mirror": inversion_schedule, "authors": authors_inversion_schedule}
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """An image as noise. Many edits can start from one.
+
+    Attributes:
+        latents: the noise, `[4, h, w]` float32 on the CPU.
+        image_latents: the encoded image, same shape.
+        prompt: the caption it was inverted with.
+        steps: steps of the inversion.
+        text_fingerprint: of the model it belongs to.
+    """
+
+    latents: Tensor
+    image_latents: Tensor
+    prompt: str
+    steps: int
+    text_fingerprint: str
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Args:
+            path: for instance `photo.safetensors`.
+
+        Raises:
+            ValueError: the place cannot be written to.
+        """
+        card = {
+            "format": "p2pz inversion",
+            "prompt": self.prompt,
+            "steps": str(self.steps),
+            "text_fingerprint": self.text_fingerprint,
+        }
+        tensors = {"latents": self.latents.contiguous(), "image_latents": self.image_latents.contiguous()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=card)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Inversion:
+        """Read a file that `save` wrote.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: it is missing or is no inversion.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                card = file.metadata() or {}
+                if card.get("format") != "p2pz inversion":
+                    raise ValueError(f"{path} is a safetensors file, but not an inversion that p2pz saved")
+                tensors = file.get_tensor("latents"), file.get_tensor("image_latents")
+                return cls(*tensors, card["prompt"], int(card["steps"]), card["text_fingerprint"])
+        except FileNotFoundError:
+            raise ValueError(f"inversion {path} does not exist") from None
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(f"inversion {path} cannot be read: {error}") from None
+
+    def check_fits(self, model: Model) -> None:
+        """Raise ValueError if the inversion was made with another model."""
+        if self.text_fingerprint != model.text_fingerprint:
+            raise ValueError("this inversion was made with another model: invert the image again with this one")
+
+
+def draw_offsets(generator: torch.Generator, settings: Settings, channels: int, height: int) -> Tensor:
+    """Random roll offsets of one inversion step, drawn one by one in the order of the published code.
+
+    Args:
+        generator: on the CPU.
+        settings: for `rounds`, `rolls` and `lowest_offset`.
+        channels: latent channels.
+        height: latent height; a level of height S gets offsets from `lowest_offset` to S/2 - 1.
+
+    Returns:
+        `[rounds, rolls, 1, channels, levels]` int64; every image of a batch gets the same, so that an image in a batch
+        gets what it gets alone.
+    """
+    heights = pyramid_heights(height)
+    draws = [
+        int(
+            torch.randint(settings.lowest_offset, max(size // 2, settings.lowest_offset + 1), (1,), generator=generator)
+        )
+        for _ in range(settings.rounds * settings.rolls * channels)
+        for size in heights
+    ]
+    return torch.tensor(draws).view(settings.rounds, settings.rolls, 1, channels, len(heights))
+
+
+@torch.no_grad()
+def inversion_steps(
+    model: Model, image_latents: Tensor, context: Tensor, settings: Settings, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Walk from image latents to noise; yields the latents after every step.
+
+    Args:
+        model: the model.
+        image_latents: `[B, 4, h, w]` float32, scaled.
+        context: text states of the captions, `[B, 77, d]`.
+        settings: steps, schedule and regulariser.
+        generator: for the regulariser's offsets, on the CPU.
+
+    Source: Parmar et al. (2023), section 3.1; Song et al., "Denoising Diffusion Implicit Models" (2021).
+    """
+    latents = image_latents
+    for timestep, alpha_from, alpha_to in _SCHEDULES[settings.inversion](settings.steps).rows():
+        noise = model.predict_noise(latents, timestep, alpha_from, context)
+        if settings.autocorrelation_strength or settings.kl_strength:
+            offsets = draw_offsets(generator, settings, *latents.shape[1:3]).to(latents.device)
+            noise = regularise_noise(
+                noise, offsets, settings.autocorrelation_strength, settings.kl_strength, settings.form
+            )
+        latents = ddim_step(latents, noise, alpha_from, alpha_to)
+        yield latents
+
+
+def invert_latents(
+    model: Model,
+    image_latents: Tensor,
+    context: Tensor,
+    settings: Settings,
+    generator: torch.Generator,
+    progress: bool | None = None,
+) -> Tensor:
+    """The noise `[B, 4, h, w]` at the end of `inversion_steps`; same arguments."""
+    steps = inversion_steps(model, image_latents, context, settings, generator)
+    total = len(_SCHEDULES[settings.inversion](settings.steps))
+    latents = image_latents
+    for latents in tqdm(steps, "inverting", total, disable=hide(progress), leave=False):
+        pass
+    return latents
+
+
+def hide(progress: bool | None) -> bool | None:
+    """tqdm's `disable`: None shows the bar on a terminal only."""
+    return None if progress is None else not progress
+
+
+def prepare_pictures(images: Sequence[ImageLike], model: Model) -> list[Image.Image]:
+    """Read images and resize each to the size the model works at, see `working_size`."""
+    native, multiple = model.vae.config.sample_size, model.vae.config.downsampling
+    pictures = [read_image(image) for image in images]
+    sizes = [working_size(picture.size, native, multiple) for picture in pictures]
+    return [
+        picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+        for picture, size in zip(pictures, sizes, strict=True)
+    ]
+
+
+def invert_pictures(
+    model: Model,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    settings: Settings,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> list[Inversion]:
+    """Invert pictures of one size as one batch.
+
+    Args:
+        model: the model.
+        pictures: as `prepare_pictures` returns them.
+        prompts: a caption for each.
+        settings: the numbers.
+        seed: of the regulariser's offsets and of the posterior's sample, the same for every picture.
+        progress: show a bar; None: on a terminal only.
+
+    Returns:
+        An inversion for each picture.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images = to_tensor(pictures)
+    if settings.sample_posterior:
+        state = generator.get_state()  # every image gets the noise it would get alone
+        encoded = [model.encode_image(image[None], generator.set_state(state)) for image in images]
+        image_latents = torch.cat(encoded)
+    else:
+        image_latents = model.encode_image(images)
+    context = model.encode_text(prompts)
+    latents = invert_latents(model, image_latents, context, settings, generator, progress)
+    return [
+        Inversion(noise, encoded, prompt, settings.steps, model.text_fingerprint)
+        for noise, encoded, prompt in zip(latents.cpu(), image_latents.cpu(), prompts, strict=True)
+    ]
+
+
+def invert(
+    img: ImageLike | Sequence[ImageLike],
+    *,
+    model: Model | None = None,
+    prompt: str | Sequence[str] | None = None,
+    preset: str = "p2pz",
+    steps: int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Inversion | list[Inversion]:
+    """Find the noise that reproduces an image, for one or many edits.
+
+    Args:
+        img: a path, a PIL image, an `[H, W, 3]` array, or a list of them. Each is resized to the size the model works
+            at, about `sample_size * sample_size` pixels in its own shape.
+        model: None loads the default model.
+        prompt: what the image shows, one text or one per image. None: the bundled model recognises it; other models
+            assume "a photo".
+        preset: `"p2pz"`, `"authors"` or `"diffusers"`, see `p2pz.presets`.
+        steps: 1 to 999; None takes the preset's.
+        seed: of all randomness; the same seed gives the same noise.
+        progress: show a bar; None: on a terminal only.
+
+    Returns:
+        An `Inversion`, or a list of them for a list.
+
+    Raises:
+        ValueError: an image, a prompt list or a setting is wrong; the message says which.
+
+    Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), section 3.1.
+    """
+    model = model or load()
+    settings = settings_for(model, preset, steps=steps)
+    images, single = as_list(img)
+    pictures = prepare_pictures(images, model)
+    prompts = captions_for(pictures, prompt, "a photo", model)
+    inversions: list[Inversion | None] = [None] * len(pictures)
+    for group in same_size_groups([picture.size for picture in pictures]):
+        done = invert_pictures(
+            model, [pictures[i] for i in group], [prompts[i] for i in group], settings, seed, progress
+        )
+        for i, inversion in zip(group, done, strict=True):
+            inversions[i] = inversion
+    return inversions[0] if single else inversions

@@ -1,0 +1,194 @@
+"""A loaded Stable Diffusion: its modules and constants, and the few calls every method is made of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from p2pz import schedule, text
+from p2pz.attention import Attend, attend
+from p2pz.unet import UNet, UNetConfig
+from p2pz.vae import VAE, VAEConfig
+from p2pz.weights import MINI_FOLDER, CheckpointError, find_tensors, load_tensors, read_json
+from p2pz.weights.folder import VAE_RENAMES
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Stable Diffusion checkpoint in memory. All parameters are frozen.
+
+    Attributes:
+        folder: where it was loaded from.
+        unet, vae, text_encoder, tokenizer: the parts.
+        prediction_type: what the UNet predicts, `"epsilon"` or `"v_prediction"`.
+        text_fingerprint: short name of the text encoder's weights; directions carry it.
+    """
+
+    folder: Path
+    unet: UNet
+    vae: VAE
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    prediction_type: str
+    text_fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights and of the forward passes."""
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def is_mini(self) -> bool:
+        """Whether this is the bundled model, which knows only its cartoon world."""
+        return self.folder == MINI_FOLDER
+
+    def encode_text(self, sentences: Sequence[str]) -> Tensor:
+        """Text states `[len(sentences), 77, d]`. Raises ValueError if there are no sentences."""
+        return text.encode_text(self.tokenizer, self.text_encoder, sentences)
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents of images.
+
+        Args:
+            images: `[B, 3, H, W]` in [-1, 1], H and W multiples of `vae.config.downsampling`.
+            generator: sample the posterior with it; the posterior's mean is taken without one.
+
+        Returns:
+            `[B, 4, h, w]` float32, about unit variance.
+        """
+        images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
+        latents, log_variance = (moment.float() for moment in self.vae.encode(images))
+        if generator is not None:
+            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+            latents = latents + (0.5 * log_variance).exp() * noise
+        return latents * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` float32 in [-1, 1] of scaled latents `[B, 4, h, w]`."""
+        latents = (latents / self.vae.config.scaling_factor).to(self.dtype, memory_format=torch.channels_last)
+        return self.vae.decode(latents).float().clamp(-1, 1)
+
+    def predict_noise(
+        self, latents: Tensor, timestep: Tensor, alpha: Tensor, context: Tensor, attend: Attend = attend
+    ) -> Tensor:
+        """Noise (epsilon) in latents, whatever the checkpoint predicts.
+
+        Args:
+            latents: `[B, 4, h, w]` float32.
+            timestep: scalar tensor.
+            alpha: alpha-bar of the latents, to turn v into epsilon.
+            context: `[B, 77, d]`.
+            attend: see `p2pz.attention`.
+
+        Returns:
+            `[B, 4, h, w]` float32.
+        """
+        inputs = latents.to(self.dtype, memory_format=torch.channels_last)
+        prediction = self.unet(inputs, timestep.to(self.device), context.to(self.dtype), attend)
+        return schedule.to_epsilon(prediction.float(), latents, alpha, self.prediction_type)
+
+
+def default_device() -> torch.device:
+    """CUDA if there is a GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """Load a checkpoint.
+
+    Args:
+        source: a folder in the diffusers layout (`unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, weights
+            as safetensors) of Stable Diffusion 1.x or 2.x. None: the folder that the environment variable P2PZ_MODEL
+            names, or else the bundled mini model.
+        device: None takes the GPU if there is one.
+        dtype: None takes float16 on a GPU and float32 on the CPU.
+
+    Returns:
+        The frozen model.
+
+    Raises:
+        CheckpointError: the source is missing, of another family, or its tensors do not fit; the message names what.
+    """
+    folder = Path(source or os.environ.get("P2PZ_MODEL") or MINI_FOLDER).expanduser()
+    if not folder.is_dir():
+        kind = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(
+            f"model {folder} {kind}: give a Stable Diffusion folder in the diffusers layout, "
+            "or none for the bundled model"
+        )
+    folder = folder.resolve()
+    device = torch.device(device) if device is not None else default_device()
+    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    prediction_type = _read_prediction_type(folder)
+
+    unet = _load_module(UNet, UNetConfig, folder / "unet", ())
+    vae = _load_module(VAE, VAEConfig, folder / "vae", VAE_RENAMES)
+    tokenizer, text_encoder = text.load_text_encoder(folder)
+    text_fingerprint = text.fingerprint(text_encoder)
+    width = text_encoder.config.hidden_size
+    if width != unet.config.context_channels:
+        raise CheckpointError(
+            f"the text encoder in {folder} gives states of width {width}, "
+            f"but its UNet reads {unet.config.context_channels}"
+        )
+    return Model(
+        folder=folder,
+        unet=unet.to(device, dtype, memory_format=torch.channels_last),
+        vae=vae.to(device, dtype, memory_format=torch.channels_last),
+        text_encoder=text_encoder.to(device, dtype),
+        tokenizer=tokenizer,
+        prediction_type=prediction_type,
+        text_fingerprint=text_fingerprint,
+    )
+
+
+def _load_module(module_type: type, config_type: type, folder: Path, renames: tuple) -> nn.Module:
+    try:
+        config = config_type.from_json(read_json(folder / "config.json"))
+    except KeyError as error:
+        raise CheckpointError(f"{folder / 'config.json'} lacks {error}") from None
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    with torch.device("meta"):
+        module = module_type(config)
+    load_tensors(module, find_tensors(folder), renames)
+    return module.eval().requires_grad_(False)
+
+
+def _read_prediction_type(folder: Path) -> str:
+    """Check that the checkpoint was trained with Stable Diffusion's noise schedule, and return what it predicts."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(path)
+    expected = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    for key, value in (expected | {"num_train_timesteps": schedule.TRAINING_STEPS}).items():
+        if config.get(key, value) != value:
+            raise CheckpointError(f"{path}: {key} is {config[key]}, but Stable Diffusion's is {value}")
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise CheckpointError(
+            f"{path}: prediction_type {prediction_type} is not supported (epsilon and v_prediction are)"
+        )
+    return prediction_type
