@@ -14,6 +14,7 @@ from torch import Tensor
 
 from p2pz.images import to_tensor
 from p2pz.model import Model
+from p2pz.text import quiet_transformers
 from p2pz.weights import MINI_FOLDER, CheckpointError
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def load_mini_clip(model: Model) -> Clip:
     heads = {
         name: tensor.to(model.device, model.dtype) for name, tensor in load_file(folder / "heads.safetensors").items()
     }
-    vision = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    with quiet_transformers():
+        vision = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     vision = vision.to(model.device, model.dtype).eval().requires_grad_(False)
     return Clip(model, vision, heads["text_projection.weight"], heads["logit_scale"])

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from p2pz.images import atomic_path
+from p2pz.files import load_tensors, save_tensors
 from p2pz.model import Model, load
 
 Sentences = Sequence[str] | str | os.PathLike
@@ -75,15 +73,12 @@ class Direction:
             ValueError: the place cannot be written to.
         """
         card = {
-            "format": "p2pz direction",
             "source": self.source,
             "target": self.target,
-            "source_sentences": str(self.sentences[0]),
-            "target_sentences": str(self.sentences[1]),
+            "sentences": "{} {}".format(*self.sentences),
             "text_fingerprint": self.text_fingerprint,
         }
-        with atomic_path(path) as temporary:
-            save_file({"states": self.states.contiguous()}, temporary, metadata=card)
+        save_tensors(path, "direction", {"states": self.states}, card)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Direction:
@@ -95,17 +90,10 @@ class Direction:
         Raises:
             ValueError: it is missing or is no direction.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                card = file.metadata() or {}
-                if card.get("format") != "p2pz direction":
-                    raise ValueError(f"{path} is a safetensors file, but not a direction that p2pz saved")
-                counts = (int(card["source_sentences"]), int(card["target_sentences"]))
-                return cls(file.get_tensor("states"), card["source"], card["target"], counts, card["text_fingerprint"])
-        except FileNotFoundError:
-            raise ValueError(f"direction {path} does not exist") from None
-        except (OSError, SafetensorError, KeyError) as error:
-            raise ValueError(f"direction {path} cannot be read: {error}") from None
+        facts = ("source", "target", "sentences", "text_fingerprint")
+        tensors, card = load_tensors(path, "direction", ("states",), facts)
+        counts = tuple(int(count) for count in card["sentences"].split())
+        return cls(tensors["states"], card["source"], card["target"], counts, card["text_fingerprint"])
 
     def check_fits(self, model: Model) -> None:
         """Raise ValueError if the direction was made with another text encoder than the model's."""
@@ -145,7 +133,7 @@ def direction(
         if source == target:
             raise ValueError(f'a direction from "{source}" to itself changes nothing')
         sentences = bank_sentences(source, target)
-    lists = [_read_sentences(side, name) for side, name in zip(sentences, ("source", "target"), strict=True)]
+    lists = [read_sentences(side, name) for side, name in zip(sentences, ("source", "target"), strict=True)]
     model = model or load()
     means = [model.encode_text(side).float().mean(0) for side in lists]
     counts = (len(lists[0]), len(lists[1]))
@@ -185,7 +173,12 @@ def source_prompt(source: str) -> str:
     return with_article(source) if is_medium(source) else f"a photo of {with_article(source)}"
 
 
-def _read_sentences(sentences: Sentences, name: str) -> list[str]:
+def read_sentences(sentences: Sentences, name: str) -> list[str]:
+    """The sentences of a list or of a text file, without empty ones; `name` says whose, for the error message.
+
+    Raises:
+        ValueError: the file cannot be read, or there are none.
+    """
     if isinstance(sentences, (str, os.PathLike)):
         try:
             sentences = Path(sentences).read_text(encoding="utf-8").splitlines()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from p2pz.attention import Attend, attend, compare_cross_attention, record_cross_attention
 from p2pz.captions import captions_for
-from p2pz.directions import Direction, direction, parse_direction, source_prompt
+from p2pz.directions import Direction, direction, is_medium, parse_direction, source_prompt
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
 from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
 from p2pz.model import Model, load
@@ -190,6 +190,7 @@ def edit(
     negative_prompt: str | None = None,
     preset: str = "p2pz",
     steps: int | None = None,
+    strength: float | None = None,
     guidance: float | None = None,
     xa_guidance: float | None = None,
     seed: int = 0,
@@ -201,7 +202,7 @@ def edit(
 
     Args:
         img: a path, a PIL image, an `[H, W, 3]` array, an `Inversion` of the same model, or a list of these. Images
-            are resized to the size the model works at, about `sample_size * sample_size` pixels in their own shape.
+            are resized to the size the model works at, about `model.native_size` squared pixels in their own shape.
         direction: "cat->dog", or a `Direction` made with this model's text encoder.
         model: None loads the default model.
         prompt: what the image shows, one text or one per image. None: an inversion's own prompt; the bundled model
@@ -209,7 +210,8 @@ def edit(
         negative_prompt: None takes the prompt, which keeps the reference pass on the image.
         preset: `"p2pz"`, `"authors"` or `"diffusers"`, see `p2pz.presets`.
         steps: 1 to 999; None takes the inversion's or else the preset's.
-        guidance: classifier-free guidance scale, stronger edits with larger values; None takes the preset's.
+        strength: multiple of the direction, stronger edits with larger values; None takes the preset's.
+        guidance: classifier-free guidance scale, likewise; None takes the preset's.
         xa_guidance: step length of the cross-attention map guidance, closer to the image with larger values; None takes
             the preset's.
         seed: of all randomness; the same seed gives the same result, alone or in a batch.
@@ -231,7 +233,17 @@ def edit(
     inversion_steps = {item.steps for item in items if isinstance(item, Inversion)}
     if steps is None and len(inversion_steps) == 1:
         steps = inversion_steps.pop()
-    numbers = settings_for(model, preset, steps=steps, guidance=guidance, xa_guidance=xa_guidance, **settings)
+    style = is_medium(edit_direction.source) and is_medium(edit_direction.target)
+    numbers = settings_for(
+        model,
+        preset,
+        style=style,
+        steps=steps,
+        strength=strength,
+        guidance=guidance,
+        xa_guidance=xa_guidance,
+        **settings,
+    )
 
     places = [i for i, item in enumerate(items) if not isinstance(item, Inversion)]
     pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model), strict=True))
@@ -288,7 +300,7 @@ def _edit_batch(
     noise = torch.stack([inversion.latents for inversion in inversions]).to(model.device)
     caption = model.encode_text(prompts)
     negative = None if negative_prompt is None else model.encode_text([negative_prompt]).expand_as(caption)
-    edited = caption + edit_direction.states.to(caption)
+    edited = caption + settings.strength * edit_direction.states.to(caption)
     latents, reference = edit_latents(model, noise, caption, negative, edited, settings, progress)
     images, reconstructions = (to_pictures(model.decode_latents(final)) for final in (latents, reference))
     return list(zip(images, reconstructions, strict=True))
@@ -303,6 +315,8 @@ def _prompts(
 ) -> list[str]:
     if prompt is not None:
         return captions_for(items, prompt, default, model)
+    if not pictures:
+        return [item.prompt for item in items]
     found = dict(zip(pictures, captions_for(list(pictures.values()), None, default, model), strict=True))
     return [found[i] if i in pictures else item.prompt for i, item in enumerate(items)]
 

@@ -1,16 +1,16 @@
 """Images in and out: files, PIL images and arrays to tensors, and back."""
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
+
+from p2pz.files import atomic_path
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
@@ -36,6 +36,9 @@ def read_image(image: ImageLike) -> Image.Image:
     else:
         raise ValueError(f"an image is a path, a PIL image or a numpy array, not {type(image).__name__}")
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits a pixel; PIL would cut off the values above 255
+        levels = np.asarray(picture).astype(np.int64)
+        picture = Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -54,7 +57,7 @@ def _open(path: Path) -> Image.Image:
             return picture
     except FileNotFoundError:
         raise ValueError(f"image {path} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from None
 
 
@@ -135,33 +138,6 @@ def psnr(image: Any, reference: Any, mask: Any = None) -> float:
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike):
-    """A temporary path beside `path` that replaces it when the block ends well, and is deleted when it does not.
-
-    Args:
-        path: where the finished file goes.
-
-    Raises:
-        ValueError: the folder does not exist or cannot be written to.
-    """
-    path = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror.lower()}") from None
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; the result is an ordinary file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_image(picture: Image.Image, path: str | os.PathLike) -> None:
     """Write a picture whole or not at all; the format follows the file name.
 
@@ -185,3 +161,5 @@ def check_image_path(path: str | os.PathLike) -> None:
         raise ValueError(f"cannot save an image as {path}: give a name that ends in .png or .jpg")
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")

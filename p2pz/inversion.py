@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from p2pz.captions import captions_for
-from p2pz.images import ImageLike, as_list, atomic_path, read_image, same_size_groups, to_tensor, working_size
+from p2pz.files import load_tensors, save_tensors
+from p2pz.images import ImageLike, as_list, read_image, same_size_groups, to_tensor, working_size
 from p2pz.kernels import regularise_noise
 from p2pz.kernels.regulariser import pyramid_heights
 from p2pz.model import Model, load
@@ -51,15 +51,8 @@ class Inversion:
         Raises:
             ValueError: the place cannot be written to.
         """
-        card = {
-            "format": "p2pz inversion",
-            "prompt": self.prompt,
-            "steps": str(self.steps),
-            "text_fingerprint": self.text_fingerprint,
-        }
-        tensors = {"latents": self.latents.contiguous(), "image_latents": self.image_latents.contiguous()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=card)
+        card = {"prompt": self.prompt, "steps": str(self.steps), "text_fingerprint": self.text_fingerprint}
+        save_tensors(path, "inversion", {"latents": self.latents, "image_latents": self.image_latents}, card)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Inversion:
@@ -71,17 +64,10 @@ class Inversion:
         Raises:
             ValueError: it is missing or is no inversion.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                card = file.metadata() or {}
-                if card.get("format") != "p2pz inversion":
-                    raise ValueError(f"{path} is a safetensors file, but not an inversion that p2pz saved")
-                tensors = file.get_tensor("latents"), file.get_tensor("image_latents")
-                return cls(*tensors, card["prompt"], int(card["steps"]), card["text_fingerprint"])
-        except FileNotFoundError:
-            raise ValueError(f"inversion {path} does not exist") from None
-        except (OSError, SafetensorError, KeyError) as error:
-            raise ValueError(f"inversion {path} cannot be read: {error}") from None
+        names, facts = ("latents", "image_latents"), ("prompt", "steps", "text_fingerprint")
+        tensors, card = load_tensors(path, "inversion", names, facts)
+        latents, image_latents = (tensors[name] for name in names)
+        return cls(latents, image_latents, card["prompt"], int(card["steps"]), card["text_fingerprint"])
 
     def check_fits(self, model: Model) -> None:
         """Raise ValueError if the inversion was made with another model."""
@@ -164,7 +150,7 @@ def hide(progress: bool | None) -> bool | None:
 
 def prepare_pictures(images: Sequence[ImageLike], model: Model) -> list[Image.Image]:
     """Read images and resize each to the size the model works at, see `working_size`."""
-    native, multiple = model.vae.config.sample_size, model.vae.config.downsampling
+    native, multiple = model.native_size, model.vae.config.downsampling
     pictures = [read_image(image) for image in images]
     sizes = [working_size(picture.size, native, multiple) for picture in pictures]
     return [
@@ -219,12 +205,13 @@ def invert(
     steps: int | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    **settings: Any,
 ) -> Inversion | list[Inversion]:
     """Find the noise that reproduces an image, for one or many edits.
 
     Args:
         img: a path, a PIL image, an `[H, W, 3]` array, or a list of them. Each is resized to the size the model works
-            at, about `sample_size * sample_size` pixels in its own shape.
+            at, about `model.native_size` squared pixels in its own shape.
         model: None loads the default model.
         prompt: what the image shows, one text or one per image. None: the bundled model recognises it; other models
             assume "a photo".
@@ -232,6 +219,7 @@ def invert(
         steps: 1 to 999; None takes the preset's.
         seed: of all randomness; the same seed gives the same noise.
         progress: show a bar; None: on a terminal only.
+        settings: further fields of `p2pz.presets.Settings`.
 
     Returns:
         An `Inversion`, or a list of them for a list.
@@ -242,14 +230,14 @@ def invert(
     Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), section 3.1.
     """
     model = model or load()
-    settings = settings_for(model, preset, steps=steps)
+    numbers = settings_for(model, preset, steps=steps, **settings)
     images, single = as_list(img)
     pictures = prepare_pictures(images, model)
     prompts = captions_for(pictures, prompt, "a photo", model)
     inversions: list[Inversion | None] = [None] * len(pictures)
     for group in same_size_groups([picture.size for picture in pictures]):
         done = invert_pictures(
-            model, [pictures[i] for i in group], [prompts[i] for i in group], settings, seed, progress
+            model, [pictures[i] for i in group], [prompts[i] for i in group], numbers, seed, progress
         )
         for i, inversion in zip(group, done, strict=True):
             inversions[i] = inversion

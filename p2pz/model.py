@@ -52,6 +52,11 @@ class Model:
         return self.unet.conv_in.weight.dtype
 
     @property
+    def native_size(self) -> int:
+        """Width and height in pixels of the images the UNet was trained on; other sizes work."""
+        return self.unet.config.sample_size * self.vae.config.downsampling
+
+    @property
     def is_mini(self) -> bool:
         """Whether this is the bundled model, which knows only its cartoon world."""
         return self.folder == MINI_FOLDER
@@ -104,9 +109,18 @@ class Model:
         return schedule.to_epsilon(prediction.float(), latents, alpha, self.prediction_type)
 
 
-def default_device() -> torch.device:
-    """CUDA if there is a GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def find_device(name: str | torch.device | None = None) -> torch.device:
+    """A device by name; None is CUDA if there is a GPU, else the CPU. Raises ValueError if there is no such device."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, not {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"there is no device {device}: PyTorch finds {gpus or 'no'} GPU{'s' if gpus > 1 else ''}")
+    return device
 
 
 def load(
@@ -138,7 +152,7 @@ def load(
             "or none for the bundled model"
         )
     folder = folder.resolve()
-    device = torch.device(device) if device is not None else default_device()
+    device = find_device(device)
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     prediction_type = _read_prediction_type(folder)
 
@@ -166,14 +180,14 @@ def load(
 def _load_module(module_type: type, config_type: type, folder: Path, renames: tuple) -> nn.Module:
     try:
         config = config_type.from_json(read_json(folder / "config.json"))
+        with torch.device("meta"):
+            module = module_type(config)
     except KeyError as error:
         raise CheckpointError(f"{folder / 'config.json'} lacks {error}") from None
     except CheckpointError:
         raise
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    with torch.device("meta"):
-        module = module_type(config)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} describes no Stable Diffusion: {error}") from None
     load_tensors(module, find_tensors(folder), renames)
     return module.eval().requires_grad_(False)
 
@@ -182,8 +196,15 @@ def _read_prediction_type(folder: Path) -> str:
     """Check that the checkpoint was trained with Stable Diffusion's noise schedule, and return what it predicts."""
     path = folder / "scheduler" / "scheduler_config.json"
     config = read_json(path)
-    expected = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    for key, value in (expected | {"num_train_timesteps": schedule.TRAINING_STEPS}).items():
+    expected = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "num_train_timesteps": schedule.TRAINING_STEPS,
+        "trained_betas": None,
+        "rescale_betas_zero_snr": False,
+    }
+    for key, value in expected.items():
         if config.get(key, value) != value:
             raise CheckpointError(f"{path}: {key} is {config[key]}, but Stable Diffusion's is {value}")
     prediction_type = config.get("prediction_type", "epsilon")

@@ -12,6 +12,7 @@ class Settings:
 
     Attributes:
         steps: steps of the inversion and of the edit, 1 to 999.
+        strength: multiple of the direction that is added to the caption's text states; 1 in the paper.
         guidance: classifier-free guidance scale of the edit; 1 leaves the negative half out.
         xa_guidance: step length along the gradient of the cross-attention map loss; 0 leaves the gradient out.
         gradient: which half of the classifier-free pair the latents follow. `"conditional"`: the gradient of the
@@ -28,6 +29,7 @@ class Settings:
     """
 
     steps: int = 50
+    strength: float = 1.0
     guidance: float = 5.0
     xa_guidance: float = 0.1
     gradient: str = "halves"
@@ -47,7 +49,7 @@ class Settings:
         lowest = 3 if self.inversion == "authors" else 1
         if not isinstance(self.steps, int) or not lowest <= self.steps <= 999:
             raise ValueError(f"steps must be a whole number from {lowest} to 999, not {self.steps}")
-        for name in ("guidance", "xa_guidance", "autocorrelation_strength", "kl_strength"):
+        for name in ("strength", "guidance", "xa_guidance", "autocorrelation_strength", "kl_strength"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be zero or more, not {getattr(self, name)}")
 
@@ -74,13 +76,17 @@ MINI_SETTINGS = Settings(
 )
 """What the preset "p2pz" stands for on the bundled model."""
 
+MINI_STYLE_SETTINGS = replace(MINI_SETTINGS, xa_guidance=0.05)
+"""The same for a change of style, which has to move every pixel: the maps may only be held loosely."""
 
-def settings_for(model: Model, preset: str, **changes: Any) -> Settings:
+
+def settings_for(model: Model, preset: str, *, style: bool = False, **changes: Any) -> Settings:
     """The numbers of a preset for a model, with the caller's changes.
 
     Args:
         model: the bundled model has its own row of the preset "p2pz".
         preset: `"p2pz"`, `"authors"` or `"diffusers"`.
+        style: the edit changes the style, not the subject.
         changes: fields of `Settings`; None keeps the preset's.
 
     Raises:
@@ -88,5 +94,7 @@ def settings_for(model: Model, preset: str, **changes: Any) -> Settings:
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
-    settings = MINI_SETTINGS if preset == "p2pz" and model.is_mini else PRESETS[preset]
+    settings = PRESETS[preset]
+    if preset == "p2pz" and model.is_mini:
+        settings = MINI_STYLE_SETTINGS if style else MINI_SETTINGS
     return replace(settings, **{name: value for name, value in changes.items() if value is not None})

@@ -73,7 +73,7 @@ def sample(
     model = model or load()
     prompts, _ = as_list(prompt)
     config = model.vae.config
-    width, height = size or (config.sample_size, config.sample_size)
+    width, height = size or (model.native_size, model.native_size)
     multiple = config.downsampling
     if width < 8 * multiple or height < 8 * multiple or width % multiple or height % multiple:
         raise ValueError(

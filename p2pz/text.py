@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,22 @@ if TYPE_CHECKING:  # importing transformers takes seconds: only when a model is 
     from transformers import CLIPTextModel, CLIPTokenizer
 
 
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' reports and progress bars; what it would say about a checkpoint is checked by us."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def load_text_encoder(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Load `tokenizer/` and `text_encoder/` of a checkpoint folder through transformers.
 
@@ -27,27 +44,40 @@ def load_text_encoder(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
         CheckpointError: a part is missing or does not fit; names it.
     """
     from transformers import CLIPTextModel, CLIPTokenizer
-    from transformers.utils import logging
 
-    if not (folder / "tokenizer").is_dir():
-        raise CheckpointError(f"{folder / 'tokenizer'} is missing: a checkpoint folder in the diffusers layout has it")
-    find_tensors(folder / "text_encoder")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it would print about the checkpoint is checked below
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        encoder, info = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", use_safetensors=True, output_loading_info=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
-    if wrong:
+    if not any((folder / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise CheckpointError(
-            f"the text encoder in {folder} lacks tensors that fit its config.json: {', '.join(wrong)}"
+            f"{folder / 'tokenizer'} is missing or lacks vocab.json: a folder in the diffusers layout has it"
         )
+    weights = find_tensors(folder / "text_encoder")
+    try:
+        with quiet_transformers():
+            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            encoder, info = CLIPTextModel.from_pretrained(
+                weights.parent,
+                variant="fp16" if weights.name.endswith(".fp16.safetensors") else None,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                output_loading_info=True,
+                local_files_only=True,
+            )
+    except Exception as error:  # transformers raises a dozen kinds for files that are not what they should be
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"the text encoder in {folder} cannot be loaded: {reason}") from None
+    harmless = ("position_ids", "text_projection.weight")  # a buffer of old files; the head of another model class
+    wrong = {
+        "lacks": sorted(info["missing_keys"]),
+        "has left over": sorted(key for key in info["unexpected_keys"] if not key.endswith(harmless)),
+        "has in another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
+    }
+    found = [f"{what} {', '.join(names[:5])}" for what, names in wrong.items() if names]
+    if found:
+        raise CheckpointError(f"the text encoder in {folder} does not fit its config.json: it {'; it '.join(found)}")
+    if len(tokenizer) > encoder.config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has {len(tokenizer)} words, but its text encoder {encoder.config.vocab_size}"
+        )
+    tokenizer.model_max_length = encoder.config.max_position_embeddings
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
@@ -87,7 +117,9 @@ def encode_text(
     states = []
     for start in range(0, len(sentences), batch_size):
         batch = list(sentences[start : start + batch_size])
-        for sentence, ids in zip(batch, tokenizer(batch).input_ids, strict=True):
+        with quiet_transformers():  # it would warn of long sentences too
+            all_ids = tokenizer(batch).input_ids
+        for sentence, ids in zip(batch, all_ids, strict=True):
             if len(ids) > length:
                 warnings.warn(f"only the first {length - 2} tokens count of: {sentence}", stacklevel=3)
         padded = tokenizer(batch, padding="max_length", max_length=length, truncation=True, return_tensors="pt")

@@ -148,6 +148,8 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, context_channels: int, heads: int, kind: str, path: str):
         super().__init__()
+        if channels % heads:
+            raise ValueError(f"{channels} channels cannot be split into {heads} attention heads")
         self.heads, self.kind, self.path = heads, kind, path
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels, channels, bias=False)

@@ -1,0 +1,87 @@
+"""Files that are written whole or not at all, and the small tensor files that p2pz saves for later."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike):
+    """A temporary path beside `path` that replaces it when the block ends well, and is deleted when it does not.
+
+    Args:
+        path: where the finished file goes.
+
+    Raises:
+        ValueError: the folder does not exist or cannot be written to.
+    """
+    path = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror.lower()}") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; the result is an ordinary file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], card: dict[str, str]) -> None:
+    """Write a safetensors file whose metadata says what it is.
+
+    Args:
+        path: where to.
+        kind: what it holds, for instance "direction".
+        tensors: by name.
+        card: further metadata.
+
+    Raises:
+        ValueError: the place cannot be written to.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": f"p2pz {kind}", **card})
+
+
+def load_tensors(
+    path: str | os.PathLike, kind: str, names: tuple[str, ...], facts: tuple[str, ...]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file that `save_tensors` wrote.
+
+    Args:
+        path: the file.
+        kind: what it must hold.
+        names: tensors it must have.
+        facts: metadata it must have.
+
+    Returns:
+        The tensors and the metadata.
+
+    Raises:
+        ValueError: it is missing, unreadable or something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            card = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except FileNotFoundError:
+        raise ValueError(f"{kind} {path} does not exist") from None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{kind} {path} cannot be read: {error}") from None
+    if card.get("format") != f"p2pz {kind}":
+        raise ValueError(f"{path} is a safetensors file, but no {kind} that p2pz saved")
+    missing = [name for name in (*names, *facts) if name not in tensors and name not in card]
+    if missing:
+        raise ValueError(f"{kind} {path} lacks {', '.join(missing)}")
+    return tensors, card

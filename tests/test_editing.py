@@ -1,0 +1,282 @@
+"""Inversion and edit against diffusers' pipeline, batch rule, repeatability, presets and the edits themselves."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler
+from diffusers.pipelines.deprecated.stable_diffusion_variants import StableDiffusionPix2PixZeroPipeline
+from PIL import Image
+
+import p2pz
+from p2pz.attention import record_cross_attention
+from p2pz.directions import Direction
+from p2pz.editing import edit_latents, map_gradient
+from p2pz.images import psnr, to_tensor
+from p2pz.inversion import draw_offsets, invert_latents
+from p2pz.presets import MINI_SETTINGS, PRESETS, Settings, settings_for
+from p2pz.weights import MINI_FOLDER, mini_world
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return p2pz.load(MINI_FOLDER, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [mini_world.render(mini_world.task_pair("cat->dog", i)[0]) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def cat_to_dog(model):
+    return p2pz.direction("cat", "dog", model=model)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """diffusers' pipeline on the bundled weights; images are handed over as latents."""
+    made = StableDiffusionPix2PixZeroPipeline.from_pretrained(
+        MINI_FOLDER, caption_generator=None, caption_processor=None, inverse_scheduler=None, safety_checker=None,
+        feature_extractor=None, torch_dtype=torch.float32,
+    )  # fmt: skip
+    made.register_modules(inverse_scheduler=DDIMInverseScheduler.from_config(made.scheduler.config))
+    made.image_processor.preprocess = lambda latents: latents
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def test_bundled_scheduler_is_stable_diffusions(pipeline):
+    config = pipeline.scheduler.config
+    assert (config.steps_offset, config.set_alpha_to_one, config.clip_sample) == (1, False, False)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_diffusers_preset_equals_diffusers(model, pipeline, pictures, cat_to_dog, index):
+    """Same weights, image latents, offsets and direction: the same latents after inversion and after the edit."""
+    settings = settings_for(model, "diffusers", steps=10)
+    image_latents = model.encode_image(to_tensor([Image.fromarray(pictures[index])]))
+    caption = model.encode_text(["a photo of a cat"])
+    delta = cat_to_dog.states[None]
+
+    theirs = pipeline.invert(
+        prompt_embeds=caption, image=image_latents, num_inference_steps=10, generator=torch.Generator().manual_seed(7)
+    ).latents
+    ours = invert_latents(model, image_latents, caption, settings, torch.Generator().manual_seed(7), False)
+    assert relative_error(ours, theirs) < 1e-3
+
+    common = {"prompt_embeds": caption, "num_inference_steps": 10, "output_type": "latent"}
+    common |= {"source_embeds": torch.zeros_like(delta), "target_embeds": delta, "guidance_scale": settings.guidance}
+    for negative in (None, model.encode_text(["a photo of a horse"])):
+        their_edit = pipeline(
+            latents=theirs.clone(), negative_prompt_embeds=caption if negative is None else negative,
+            cross_attention_guidance_amount=settings.xa_guidance, **common,
+        ).images  # fmt: skip
+        our_edit, _ = edit_latents(model, theirs, caption, negative, caption + delta, settings, False)
+        assert relative_error(our_edit, torch.as_tensor(their_edit)) < 1e-3
+
+
+@pytest.mark.parametrize("gradient", ["conditional", "both", "halves"])
+@pytest.mark.parametrize("negative_prompt", [None, "a photo of a dog"])
+def test_an_image_in_a_batch_is_edited_as_alone(model, pictures, cat_to_dog, gradient, negative_prompt):
+    settings = {"steps": STEPS, "gradient": gradient, "negative_prompt": negative_prompt, "progress": False}
+    settings |= {"guidance": 3.0, "autocorrelation_strength": 10.0, "kl_strength": 10.0}
+    together = p2pz.edit(pictures, cat_to_dog, model=model, **settings)
+    alone = p2pz.edit(pictures[1], cat_to_dog, model=model, **settings)
+    assert relative_error(together[1].inversion.latents, alone.inversion.latents) < 1e-4
+    assert psnr(together[1].image, alone.image) > 50
+    assert psnr(together[0].image, alone.image) < 30  # the other images are other images
+
+
+def test_same_seed_same_result_and_another_seed_another(model, pictures, cat_to_dog):
+    runs = [
+        p2pz.edit(
+            pictures[0], cat_to_dog, model=model, preset="diffusers", steps=STEPS, seed=seed, progress=False
+        ).inversion.latents
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_sampled_posterior_does_not_depend_on_the_batch(model, pictures):
+    settings = {"model": model, "steps": 1, "progress": False, "sample_posterior": True, "prompt": "a photo"}
+    together = p2pz.invert(pictures, **settings)
+    assert relative_error(together[2].image_latents, p2pz.invert(pictures[2], **settings).image_latents) < 1e-5
+    mean = p2pz.invert(pictures[2], **(settings | {"sample_posterior": False}))
+    assert not torch.equal(together[2].image_latents, mean.image_latents)
+
+
+def test_zero_direction_reproduces_the_reference(model, pictures, cat_to_dog):
+    """Without a change the maps agree, their gradient is zero and the edit is the reconstruction."""
+    nothing = Direction(torch.zeros_like(cat_to_dog.states), "", "", (1, 1), model.text_fingerprint)
+    result = p2pz.edit(pictures[0], nothing, model=model, steps=STEPS, xa_guidance=1.0, progress=False)
+    assert psnr(result.image, result.reconstruction) > 60
+
+
+def test_map_gradient_is_the_derivative_of_the_map_distance(model):
+    """Against a central difference along a random direction, in float64."""
+    double = p2pz.load(MINI_FOLDER, device="cpu", dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    latents, start, along = (torch.randn(2, 4, 16, 16, generator=generator, dtype=torch.float64) for _ in range(3))
+    states = double.encode_text(["a photo of a cat", "a photo of a dog"])
+    timestep = torch.tensor(401)
+
+    def maps_of(x, context):
+        maps = {}
+        double.unet(x, timestep, context, record_cross_attention(maps))
+        return maps
+
+    reference = maps_of(start, states[:1].expand(2, -1, -1))
+
+    def distance(x):
+        maps = maps_of(x, states)
+        return sum((maps[p] - reference[p]).square().sum((2, 3)).mean(1).sum() for p in reference)
+
+    # predict_noise returns float32 noise, but the maps and the gradient stay in float64
+    gradient = map_gradient(double, latents, timestep, 0.5, states, reference)
+    step = 1e-5
+    slope = (distance(latents + step * along) - distance(latents - step * along)) / (2 * step)
+    assert abs((gradient * along).sum() - slope) < 1e-5 * abs(slope)
+
+
+def test_map_guidance_brings_the_maps_closer(model, pictures, cat_to_dog):
+    """Stronger map guidance keeps the edit nearer to the source."""
+    inversion = p2pz.invert(pictures[0], model=model, steps=10, progress=False)
+    free, held = (
+        p2pz.edit(inversion, cat_to_dog, model=model, xa_guidance=strength, guidance=1.5, progress=False).image
+        for strength in (0.0, 1.0)
+    )
+    assert psnr(held, pictures[0]) > psnr(free, pictures[0]) + 0.1
+
+
+def test_inversion_can_be_saved_and_serves_several_edits(model, pictures, cat_to_dog, tmp_path):
+    inversion = p2pz.invert(pictures[0], model=model, steps=STEPS, progress=False)
+    inversion.save(tmp_path / "cat.safetensors")
+    loaded = p2pz.Inversion.load(tmp_path / "cat.safetensors")
+    assert torch.equal(loaded.latents, inversion.latents) and loaded.prompt == inversion.prompt
+    fresh = p2pz.edit(pictures[0], cat_to_dog, model=model, steps=STEPS, progress=False)
+    again = p2pz.edit([loaded, pictures[0]], cat_to_dog, model=model, progress=False)  # takes the inversion's steps
+    assert psnr(again[0].image, fresh.image) > 50 and psnr(again[1].image, fresh.image) > 50
+    assert again[0].reconstruction_psnr is None and again[1].reconstruction_psnr > 20
+
+
+def test_several_sizes_in_one_list_keep_their_order(model, pictures, cat_to_dog):
+    wide = Image.fromarray(pictures[1]).resize((300, 150))
+    results = p2pz.edit([pictures[0], wide, pictures[2]], cat_to_dog, model=model, steps=2, progress=False)
+    assert [result.image.size for result in results] == [(128, 128), (180, 92), (128, 128)]
+    assert psnr(results[2].reconstruction, pictures[2]) > psnr(results[0].reconstruction, pictures[2])
+
+
+def test_a_picture_of_another_world_is_edited_with_a_warning(model, cat_to_dog):
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    with pytest.warns(UserWarning, match=r"cartoon world.*dB.*P2PZ_MODEL"):
+        p2pz.edit(noise, cat_to_dog, model=model, steps=2, progress=False)
+
+
+def test_a_picture_of_its_world_is_edited_without_a_warning(model, pictures, cat_to_dog):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        p2pz.edit(pictures[0], cat_to_dog, model=model, progress=False)
+
+
+@pytest.mark.parametrize("task", list(mini_world.TASKS))
+def test_the_four_edits_work(model, task):
+    """The default settings on a scene whose combination was never trained on: much nearer to the true edit."""
+    source, target = (mini_world.render(scene) for scene in mini_world.task_pair(task, 1))
+    result = p2pz.edit(source, task, model=model, progress=False)
+    assert psnr(result.image, target) > psnr(source, target) + 0.5
+    words = p2pz.caption(result.image, model=model)
+    assert {"cat->dog": " dog", "horse->zebra": " zebra", "cat->cat with glasses": "glasses"}.get(
+        task, "pastel"
+    ) in words
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_edits_are_near_float32(model, pictures, cat_to_dog, dtype):
+    half = p2pz.load(MINI_FOLDER, device="cpu", dtype=dtype)
+    results = [
+        p2pz.edit(pictures[0], cat_to_dog, model=m, steps=STEPS, prompt="a photo of a cat", progress=False)
+        for m in (model, half)
+    ]
+    assert psnr(results[1].reconstruction, results[0].reconstruction) > 28
+    assert results[1].inversion.latents.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_equals_cpu(model, pictures, cat_to_dog):
+    cuda = p2pz.load(MINI_FOLDER, device="cuda", dtype=torch.float32)
+    results = [p2pz.edit(pictures[0], cat_to_dog, model=m, steps=STEPS, progress=False) for m in (model, cuda)]
+    assert psnr(results[0].image, results[1].image) > 40
+
+
+def test_authors_preset_visits_two_steps_less(model, pictures, monkeypatch):
+    visited = []
+    monkeypatch.setattr(
+        type(model.unet), "forward", lambda self, x, t, c, attend: visited.append(int(t)) or torch.zeros_like(x)
+    )
+    p2pz.invert(pictures[0], model=model, preset="authors", steps=50, prompt="a photo", rounds=0, progress=False)
+    assert visited == list(range(21, 962, 20))
+
+
+def test_presets_are_the_documented_values():
+    published = {"rounds": 5, "rolls": 5, "autocorrelation_strength": 20.0, "kl_strength": 20.0, "xa_guidance": 0.1}
+    published |= {"strength": 1.0, "gradient": "halves", "steps": 50, "form": "random", "sample_posterior": True}
+    authors, diffusers = vars(PRESETS["authors"]), vars(PRESETS["diffusers"])
+    assert authors == published | {"guidance": 5.0, "inversion": "authors", "lowest_offset": 1}
+    assert diffusers == published | {"guidance": 7.5, "inversion": "mirror", "lowest_offset": 0}
+
+
+def test_the_bundled_model_has_its_own_numbers(model):
+    assert settings_for(model, "p2pz") == MINI_SETTINGS != PRESETS["p2pz"]
+    assert settings_for(model, "p2pz", steps=7, guidance=None).steps == 7
+
+
+@pytest.mark.parametrize("lowest", [0, 1])
+def test_offsets_fit_their_level(lowest):
+    offsets = draw_offsets(torch.Generator().manual_seed(0), Settings(lowest_offset=lowest), 4, 64)
+    assert offsets.shape == (5, 5, 1, 4, 4)
+    for level, height in enumerate((64, 32, 16, 8)):
+        values = offsets[..., level]
+        assert values.min() == lowest and values.max() == height // 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "best"}, "preset must be one of p2pz, authors, diffusers"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 999, not 0"),
+        ({"steps": 1000}, "not 1000"),
+        ({"steps": 2, "preset": "authors"}, "from 3 to 999"),
+        ({"guidance": -1.0}, "guidance must be zero or more"),
+        ({"xa_guidance": float("nan")}, "xa_guidance must be zero or more"),
+        ({"gradient": "all"}, "gradient must be one of"),
+        ({"prompt": ["a", "b"]}, "1 images but 2 prompts"),
+    ],
+)
+def test_settings_out_of_range(model, pictures, cat_to_dog, settings, message):
+    with pytest.raises(ValueError, match=message):
+        p2pz.edit(pictures[0], cat_to_dog, model=model, **settings)
+
+
+def test_bad_images_and_directions(model, pictures, cat_to_dog):
+    with pytest.raises(ValueError, match="list of images is empty"):
+        p2pz.edit([], cat_to_dog, model=model)
+    with pytest.raises(ValueError, match='looks like "cat->dog"'):
+        p2pz.edit(pictures[0], "cat to dog", model=model)
+    with pytest.raises(ValueError, match="Direction, not int"):
+        p2pz.edit(pictures[0], 3, model=model)
+    stranger = Direction(cat_to_dog.states, "cat", "dog", (1, 1), "0123456789abcdef")
+    with pytest.raises(ValueError, match="made with another text encoder"):
+        p2pz.edit(pictures[0], stranger, model=model)
+    inversion = p2pz.invert(pictures[0], model=model, steps=1, prompt="a photo", progress=False)
+    other = p2pz.Inversion(inversion.latents, inversion.image_latents, "a photo", 1, "0123456789abcdef")
+    with pytest.raises(ValueError, match="made with another model"):
+        p2pz.edit(other, cat_to_dog, model=model)

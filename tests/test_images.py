@@ -1,0 +1,262 @@
+"""Images in and out: every accepted form, exact round trips, files whole or not at all."""
+
+import os
+import stat
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from p2pz.images import (
+    as_list,
+    atomic_path,
+    check_image_path,
+    psnr,
+    read_image,
+    same_size_groups,
+    save_image,
+    to_pictures,
+    to_tensor,
+    working_size,
+)
+
+
+@pytest.fixture
+def pixels():
+    """`[20, 24, 3]` uint8, all different rows and columns."""
+    return np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+
+
+FORMS = {
+    "png": lambda pixels, path: Image.fromarray(pixels).save(path / "a.png") or path / "a.png",
+    "name": lambda pixels, path: Image.fromarray(pixels).save(path / "a.png") or str(path / "a.png"),
+    "picture": lambda pixels, path: Image.fromarray(pixels),
+    "uint8": lambda pixels, path: pixels,
+    "float64": lambda pixels, path: pixels / 255,
+    "float32": lambda pixels, path: pixels.astype(np.float32) / 255,
+    "opaque": lambda pixels, path: np.dstack([pixels, np.full((20, 24), 255, np.uint8)]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_reads_the_same_pixels(form, pixels, tmp_path):
+    picture = read_image(FORMS[form](pixels, tmp_path))
+    assert picture.mode == "RGB" and np.array_equal(picture, pixels)
+
+
+def test_grey_becomes_three_equal_channels(pixels):
+    grey = pixels[..., 0]
+    for image in (grey, grey / 255, Image.fromarray(grey), Image.fromarray(np.dstack([grey, 0 * grey + 255]), "LA")):
+        assert np.array_equal(read_image(image), np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_sixteen_bit_grey_keeps_its_brightness(tmp_path):
+    levels = np.arange(400, dtype=np.uint16).reshape(20, 20) * 164  # 0 to 65436
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    read = np.asarray(read_image(tmp_path / "a.png"))
+    assert np.abs(read - (levels / 65535 * 255)[..., None]).max() <= 0.51
+
+
+def test_transparency_becomes_white(pixels):
+    alpha = np.zeros((20, 24), np.uint8)
+    alpha[:10] = 255
+    alpha[15:] = 128
+    read = np.asarray(read_image(np.dstack([pixels, alpha])))
+    assert np.array_equal(read[:10], pixels[:10])
+    assert (read[10:15] == 255).all()
+    halfway = (pixels[15:].astype(int) * 128 + 255 * 127) / 255
+    assert np.abs(read[15:] - halfway).max() <= 1
+
+
+def test_palette_with_a_transparent_colour(tmp_path):
+    indices = np.arange(400, dtype=np.uint8).reshape(20, 20) % 3
+    picture = Image.fromarray(indices, "P")
+    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    picture.save(tmp_path / "a.png", transparency=1)
+    colours = np.array([[255, 0, 0], [255, 255, 255], [0, 0, 255]], np.uint8)
+    assert np.array_equal(read_image(tmp_path / "a.png"), colours[indices])
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_exif_rotation_is_applied(orientation, turns, pixels, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.rot90(pixels, turns))
+
+
+def broken_files(path):
+    whole = path / "whole.png"
+    Image.new("RGB", (200, 200), "red").save(whole)
+    (path / "truncated.png").write_bytes(whole.read_bytes()[:-100])
+    (path / "text.png").write_text("not an image")
+    (path / "empty.png").touch()
+
+
+ERRORS = [
+    ("missing.png", "missing.png does not exist"),
+    ("truncated.png", "truncated.png cannot be read"),
+    ("text.png", "text.png cannot be read"),
+    ("empty.png", "empty.png cannot be read"),
+    (".", "cannot be read"),
+    (np.zeros((1, 1, 3), np.uint8), "1 x 1 pixels"),
+    (np.zeros((15, 64, 3), np.uint8), "64 x 15 pixels"),
+    (np.zeros((16, 129, 3), np.uint8), "129 x 16 pixels"),
+    (np.zeros((0, 20, 3), np.uint8), r"not \[0, 20, 3\]"),
+    (np.zeros((3, 20, 20), np.uint8), r"not \[3, 20, 20\]"),
+    (np.zeros((1, 20, 20, 3), np.uint8), "image array has shape"),
+    (np.zeros((20, 20, 3), np.int64), "not int64"),
+    (np.full((20, 20, 3), 1.01), "from 0 to 1"),
+    (np.full((20, 20, 3), -0.01), "from 0 to 1"),
+    (np.full((20, 20, 3), np.nan), "from 0 to 1"),
+    (None, "not NoneType"),
+    (torch.zeros(3, 20, 20), "not Tensor"),
+]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"), ERRORS, ids=lambda value: str(value)[:16] if isinstance(value, str) else ""
+)
+def test_unusable_images_are_refused(image, message, tmp_path):
+    broken_files(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_image(tmp_path / image if isinstance(image, str) else image)
+
+
+def test_smallest_and_longest_image_that_are_read():
+    assert read_image(np.zeros((16, 16, 3), np.uint8)).size == (16, 16)
+    assert read_image(np.zeros((16, 128, 3), np.uint8)).size == (128, 16)
+
+
+@pytest.mark.parametrize(("native", "multiple"), [(128, 4), (512, 8), (768, 8)])
+def test_working_size(native, multiple):
+    assert working_size((native, native), native, multiple) == (native, native)
+    assert working_size((3 * native, 3 * native), native, multiple) == (native, native)
+    for size in np.random.default_rng(0).integers(16, 4000, (300, 2)).tolist():
+        if max(size) > 8 * min(size):
+            continue
+        width, height = worked = working_size(size, native, multiple)
+        assert width % multiple == height % multiple == 0
+        assert working_size(size[::-1], native, multiple) == worked[::-1]
+        # rounding moves a side by at most half a multiple
+        scale = native / (size[0] * size[1]) ** 0.5
+        assert abs(width - size[0] * scale) <= multiple / 2 and abs(height - size[1] * scale) <= multiple / 2
+        assert min(worked) >= multiple
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((4000, 3000), (592, 440)), ((300, 400), (440, 592)), ((4096, 512), (1448, 184))]
+)
+def test_working_size_by_hand(size, expected):
+    """512 sqrt(4/3) = 591.2, 512 sqrt(3/4) = 443.4; 512 sqrt(8) = 1448.2, 512 / sqrt(8) = 181.0, to multiples of 8."""
+    assert working_size(size, 512, 8) == expected
+
+
+def test_all_values_survive_the_round_trip():
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2).copy()
+    values[..., 1] = 255 - values[..., 1]
+    pictures = [Image.fromarray(values), Image.fromarray(values[::-1].copy())]
+    tensor = to_tensor(pictures)
+    assert tensor.shape == (2, 3, 16, 16) and tensor.dtype == torch.float32
+    assert tensor.min() == -1 and tensor.max() == 1
+    assert tensor[0, 0, 0, 1] == pytest.approx(1 / 127.5 - 1) and tensor[0, 1, 0, 0] == 1
+    assert all(np.array_equal(*pair) for pair in zip(to_pictures(tensor), pictures, strict=True))
+
+
+def test_to_pictures_clamps_and_rounds():
+    values = torch.tensor([-7.0, -1, -0.999, 0, 0.999, 1, 7]).expand(1, 3, 1, 7)
+    assert np.asarray(to_pictures(values)[0])[0, :, 0].tolist() == [0, 0, 0, 128, 255, 255, 255]
+    assert np.asarray(to_pictures(values.half())[0])[0, :, 0].tolist() == [0, 0, 0, 128, 255, 255, 255]
+
+
+def test_psnr_by_hand():
+    black, picture = np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)
+    assert psnr(picture, black) == float("inf")
+    picture[0, 0] = 255, 0, 0  # a squared error of 255^2 in one of 60 values
+    assert psnr(picture, black) == psnr(black, picture) == pytest.approx(10 * np.log10(60))
+    assert psnr(Image.fromarray(picture), Image.fromarray(black)) == pytest.approx(10 * np.log10(60))
+    mask = np.zeros((4, 5), bool)
+    mask[0, :2] = True
+    assert psnr(picture, black, mask) == pytest.approx(10 * np.log10(6))
+    assert psnr(picture, black, ~mask) == float("inf")
+    assert psnr(np.full((2, 2, 3), 10, np.uint8), np.full((2, 2, 3), 13, np.uint8)) == pytest.approx(38.5884, abs=1e-4)
+
+
+def test_same_size_groups_keep_the_order():
+    sizes = [(8, 8), (8, 4), [8, 8], (4, 8), (8, 4)]
+    assert same_size_groups(sizes) == [[0, 2], [1, 4], [3]]
+    assert same_size_groups([]) == []
+
+
+def test_as_list():
+    array = np.zeros((20, 20, 3))
+    assert as_list("a.png") == (["a.png"], True)
+    assert as_list(("a", "b")) == (["a", "b"], False) and as_list(["a"]) == (["a"], False)
+    items, single = as_list(array)
+    assert items[0] is array and single
+    with pytest.raises(ValueError, match="empty"):
+        as_list([])
+
+
+def test_saved_image_is_read_back(pixels, tmp_path):
+    for path in (tmp_path / "a.png", str(tmp_path / "B.PNG")):
+        save_image(Image.fromarray(pixels), path)
+        assert np.array_equal(read_image(path), pixels)
+    save_image(Image.fromarray(pixels), tmp_path / "a.jpg")
+    assert Image.open(tmp_path / "a.jpg").format == "JPEG"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_saved_files_have_ordinary_permissions(umask, pixels, tmp_path):
+    before = os.umask(umask)
+    try:
+        save_image(Image.fromarray(pixels), tmp_path / "a.png")
+    finally:
+        assert os.umask(before) == umask
+    assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("old", [b"old", None])
+def test_failing_save_leaves_everything_as_it_was(error, old, pixels, tmp_path, monkeypatch):
+    def fail(self, path, *args, **kwargs):
+        path.write_bytes(b"half of it")
+        raise error("disk full")
+
+    path = tmp_path / "a.png"
+    if old:
+        path.write_bytes(old)
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(error, match="disk full"):
+        save_image(Image.fromarray(pixels), path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == ([old] if old else [])
+
+
+def test_atomic_path_shows_nothing_before_the_end(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_text("old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == tmp_path and temporary.suffix == ".safetensors"
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.txt", "ends in .png"),
+        ("a", "ends in .png"),
+        ("a.safetensors", "ends in .png"),
+        ("no/a.png", "does not exist"),
+        ("folder.png", "is a folder"),
+    ],
+)
+def test_paths_that_cannot_be_written(name, message, pixels, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match=message):
+        check_image_path(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        save_image(Image.fromarray(pixels), tmp_path / name)
+    assert os.listdir(tmp_path) == ["folder.png"]

@@ -1,0 +1,430 @@
+"""Checkpoint folders: strict reading, Stable Diffusion 1 and 2 as diffusers saves them, and the bundled model."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import p2pz
+from p2pz.sampling import sample_steps
+from p2pz.weights import MINI_FOLDER, CheckpointError, find_tensors, load_tensors, read_json
+from p2pz.weights.folder import VAE_RENAMES, rename
+
+SENTENCES = ["a photo of a cat on the beach", "", "A sketch, of a dog!", "a cat " * 60]
+UNET_FILE, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def no_default_model(monkeypatch):
+    monkeypatch.delenv("P2PZ_MODEL", raising=False)
+
+
+def tiny_pipeline(family, randomise):
+    """A tiny random model with what sets the two families apart: heads, projections, pad token, activation, target."""
+    sd2 = family == "sd2"
+    tokenizer = CLIPTokenizer.from_pretrained(MINI_FOLDER / "tokenizer", **({"pad_token": "!"} if sd2 else {}))
+    unet = UNet2DConditionModel(
+        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        block_out_channels=(16, 16, 32, 32),
+        norm_num_groups=8,
+        attention_head_dim=[1, 2, 4, 4] if sd2 else 4,
+        use_linear_projection=sd2,
+        cross_attention_dim=24,
+        sample_size=16,
+    )
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(8, 16, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=8,
+        sample_size=128,
+    )
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            hidden_act="gelu" if sd2 else "quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+        prediction_type="v_prediction" if sd2 else "epsilon",
+    )
+    pipe = StableDiffusionPipeline(
+        randomise(vae), randomise(encoder), tokenizer, randomise(unet), scheduler, None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def saved(randomise, tmp_path_factory):
+    """`saved(family)`: diffusers' pipeline and the folder that it wrote."""
+    made = {}
+
+    def build(family):
+        if family not in made:
+            torch.manual_seed(["sd1", "sd2"].index(family))
+            pipe, folder = tiny_pipeline(family, randomise), tmp_path_factory.mktemp(family)
+            pipe.save_pretrained(folder)
+            made[family] = pipe, folder
+        return made[family]
+
+    return build
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of the tiny Stable Diffusion 1 folder, to spoil."""
+    return Path(shutil.copytree(saved("sd1")[1], tmp_path / "model"))
+
+
+def change_json(path, **changes):
+    """Set keys of a JSON file; a value of ... removes the key."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def change_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+# --- folder.py ---
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+        self.b = nn.Linear(2, 2, bias=False)
+
+
+@pytest.fixture
+def part_file(tmp_path):
+    path = tmp_path / "part.safetensors"
+    save_file({name: torch.randn_like(value) for name, value in Part().state_dict().items()}, path)
+    return path
+
+
+def test_load_tensors_fills_a_module_without_storage(part_file):
+    change_tensors(part_file, lambda tensors: tensors.update({"b.weight": tensors["b.weight"].half()}))
+    with torch.device("meta"):
+        part = Part()
+    load_tensors(part, part_file)
+    for name, value in load_file(part_file).items():
+        assert torch.equal(part.state_dict()[name], value) and part.state_dict()[name].dtype == value.dtype
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (lambda t: t.pop("a.bias"), ["1 tensors missing (a.bias)"]),
+        (lambda t: t.update(c=torch.zeros(1)), ["1 tensors unexpected (c)"]),
+        (lambda t: t.update({"a.weight": torch.zeros(2, 4)}), ["of another shape (a.weight (2, 4) instead of (2, 3))"]),
+        (lambda t: t.update({"a.weight": torch.zeros(6)}), ["of another shape (a.weight (6,) instead of (2, 3))"]),
+        (lambda t: (t.pop("a.bias"), t.update(c=torch.zeros(1))), ["missing (a.bias)", "unexpected (c)"]),
+        (lambda t: t.update({f"c{i}": torch.zeros(1) for i in range(8)}), ["8 tensors", "c4 and 3 more"]),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change, messages, part_file):
+    change_tensors(part_file, change)
+    part = Part()
+    before = part.a.weight.clone()
+    with pytest.raises(CheckpointError) as error:
+        load_tensors(part, part_file)
+    assert all(message in str(error.value) for message in [*messages, str(part_file)])
+    assert torch.equal(part.a.weight, before)
+
+
+@pytest.mark.parametrize("size", [0, 4, 40, -1])
+def test_truncated_tensors_are_refused(size, part_file):
+    part_file.write_bytes(part_file.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"part.safetensors cannot be read"):
+        load_tensors(Part(), part_file)
+
+
+def test_missing_tensor_file_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no.safetensors cannot be read"):
+        load_tensors(Part(), tmp_path / "no.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a":', b"[1]", b"\xff\xfe", b"null", None])
+def test_garbage_json_is_refused(content, tmp_path):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config.json (cannot be read as JSON|is missing)"):
+        read_json(path)
+
+
+def test_find_tensors_prefers_the_full_file(tmp_path):
+    for name in ("model.fp16", "model", "diffusion_pytorch_model.fp16", "diffusion_pytorch_model"):
+        (tmp_path / f"{name}.safetensors").touch()
+        assert find_tensors(tmp_path).name == f"{name}.safetensors"
+
+
+def test_pickles_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="has no diffusion_pytorch_model"):
+        find_tensors(tmp_path)
+    with pytest.raises(CheckpointError, match="has no diffusion_pytorch_model"):
+        find_tensors(tmp_path / "missing")
+    (tmp_path / "diffusion_pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"only diffusion_pytorch_model.bin, a pickle"):
+        find_tensors(tmp_path)
+
+
+def test_rename():
+    rows = ((r"old\.(.*)", r"new.\1"), (r"old\.a", "other"), ("junk", None))
+    assert rename({"old.a": 1, "keep": 2, "junk": 3}, rows, "file") == {"new.a": 1, "keep": 2}
+    for names in (["old.a", "new.a"], ["new.a", "old.a"]):
+        with pytest.raises(CheckpointError, match=r"file holds new.a twice"):
+            rename(dict.fromkeys(names), rows, "file")
+
+
+# --- whole folders ---
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_text_states_equal_diffusers(family, saved, assert_close):
+    pipe, folder = saved(family)
+    model = p2pz.load(folder)
+    expected = pipe.encode_prompt(SENTENCES[:3], "cpu", 1, False)[0]
+    assert_close(model.encode_text(SENTENCES[:3]), expected)
+    with pytest.warns(UserWarning, match="only the first 75 tokens count"):
+        long = model.encode_text(SENTENCES[3:])
+    assert_close(long, pipe.encode_prompt(SENTENCES[3:], "cpu", 1, False)[0])
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "bundled"])
+def test_sample_equals_diffusers(family, saved, assert_close):
+    """The whole way from text to pixels, from one noise: latents within 1e-3, pixels within 2 of 255."""
+    if family == "bundled":
+        pipe, folder = StableDiffusionPipeline.from_pretrained(MINI_FOLDER, local_files_only=True), MINI_FOLDER
+        pipe.set_progress_bar_config(disable=True)
+        steps, guidance, prompt = 10, 2.0, "a photo of a gray cat in a meadow"
+    else:
+        pipe, folder = saved(family)
+        steps, guidance, prompt = 4, 3.0, "a cat"
+    model = p2pz.load(folder)
+    assert model.prediction_type == ("v_prediction" if family == "sd2" else "epsilon")
+
+    size = 128 // model.vae.config.downsampling
+    noise = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(5))
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "latents": noise}
+    expected = pipe(prompt, output_type="latent", **settings).images
+    states = model.encode_text([""]), model.encode_text([prompt])
+    *_, latents = sample_steps(model, noise, *states, steps, guidance)
+    assert_close(latents, expected, 1e-3)
+
+    picture = np.asarray(p2pz.sample(prompt, model=model, steps=steps, guidance=guidance, seed=5)[0]).astype(int)
+    theirs = np.asarray(pipe(prompt, **settings).images[0]).astype(int)
+    assert picture.shape == theirs.shape == (128, 128, 3) and theirs.std() > 10
+    assert np.abs(picture - theirs).max() <= 2
+
+
+def test_old_attention_names_of_the_vae(folder, assert_close):
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    expected = p2pz.load(folder).encode_image(images)
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def write_old_names(tensors):
+        for name in [name for name in tensors if ".attentions.0.to_" in name]:
+            kind = next(kind for kind in old_names if f".{kind}." in name)
+            tensors[name.replace(kind, old_names[kind])] = tensors.pop(name)
+        assert sum("proj_attn" in name for name in tensors) == 4
+
+    change_tensors(folder / VAE_FILE, write_old_names)
+    assert_close(p2pz.load(folder).encode_image(images), expected, 0)
+
+    change_tensors(folder / VAE_FILE, lambda t: t.update({"encoder.mid_block.attentions.0.to_q.bias": torch.zeros(16)}))
+    with pytest.raises(CheckpointError, match=r"holds encoder.mid_block.attentions.0.to_q.bias twice"):
+        p2pz.load(folder)
+
+
+def test_old_names_are_renamed_in_attention_only():
+    names = ["encoder.mid_block.attentions.0.query.weight", "decoder.mid_block.attentions.0.proj_attn.bias", "query.x"]
+    renamed = rename(dict.fromkeys(names), VAE_RENAMES, "file")
+    assert list(renamed) == [
+        "encoder.mid_block.attentions.0.to_q.weight",
+        "decoder.mid_block.attentions.0.to_out.0.bias",
+        "query.x",
+    ]
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_float16_files(variant, folder, assert_close):
+    """A float16 folder, under either file name, gives the same model and the same text fingerprint."""
+    full = p2pz.load(folder)
+    for path in folder.glob("*/*.safetensors"):
+        tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
+        path.unlink()
+        save_file(tensors, path.with_suffix(f".{variant}.safetensors") if variant else path, {"format": "pt"})
+    half = p2pz.load(folder)
+    assert half.text_fingerprint == full.text_fingerprint
+    assert half.dtype == half.text_encoder.dtype == torch.float32  # on the CPU, whatever the file has
+    assert_close(half.encode_text(SENTENCES[:2]), full.encode_text(SENTENCES[:2]), 5e-3)
+    assert_close(half.unet.conv_in.weight, full.unet.conv_in.weight, 1e-3)
+
+
+def test_fingerprint_tells_text_encoders_apart(saved):
+    assert (
+        len(
+            {p2pz.load(saved(family)[1]).text_fingerprint for family in ("sd1", "sd2")} | {p2pz.load().text_fingerprint}
+        )
+        == 3
+    )
+
+
+def test_dtype_and_frozen_parameters(folder):
+    model = p2pz.load(folder, dtype=torch.bfloat16)
+    for module in (model.unet, model.vae, model.text_encoder):
+        assert not module.training
+        assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in module.parameters())
+
+
+def test_environment_names_the_default_model(saved, tmp_path, monkeypatch):
+    assert p2pz.load().folder == MINI_FOLDER
+    monkeypatch.setenv("P2PZ_MODEL", str(saved("sd2")[1]))
+    model = p2pz.load()
+    assert model.folder == saved("sd2")[1].resolve() and model.prediction_type == "v_prediction" and not model.is_mini
+    assert p2pz.load(MINI_FOLDER).is_mini
+    monkeypatch.setenv("P2PZ_MODEL", str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        p2pz.load()
+    monkeypatch.setenv("P2PZ_MODEL", "")
+    assert p2pz.load().is_mini
+
+
+def remove(*names):
+    return lambda folder: [
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink() for name in names
+    ]
+
+
+def set_json(name, **changes):
+    return lambda folder: change_json(folder / name, **changes)
+
+
+def set_bytes(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def drop_tensor(name, tensor):
+    return lambda folder: change_tensors(folder / name, lambda tensors: tensors.pop(tensor))
+
+
+def to_pickle(name):
+    return lambda folder: (folder / name).rename((folder / name).with_suffix(".bin"))
+
+
+SCHEDULER, TEXT = "scheduler/scheduler_config.json", "text_encoder/model.safetensors"
+WRONG = {
+    "no unet": (remove("unet"), "unet/config.json is missing"),
+    "no vae config": (remove("vae/config.json"), "vae/config.json is missing"),
+    "no scheduler": (remove("scheduler"), "scheduler_config.json is missing"),
+    "no tokenizer": (remove("tokenizer"), "tokenizer is missing"),
+    "empty tokenizer": (lambda f: [path.unlink() for path in (f / "tokenizer").glob("[!c]*[!g].json")], "tokenizer"),
+    "garbage tokenizer": (set_bytes("tokenizer/tokenizer.json", b"{"), "tokenizer|text encoder"),
+    "no text encoder": (remove("text_encoder"), "text_encoder has no"),
+    "unet pickle": (to_pickle(UNET_FILE), "only diffusion_pytorch_model.bin, a pickle"),
+    "text pickle": (to_pickle(TEXT), "only model.bin, a pickle"),
+    "garbage unet config": (set_bytes("unet/config.json", b"{"), "unet/config.json cannot be read as JSON"),
+    "garbage text config": (set_bytes("text_encoder/config.json", b"{"), "text encoder in .* cannot be loaded"),
+    "text config list": (set_bytes("text_encoder/config.json", b"[]"), "text encoder in .* cannot be loaded"),
+    "truncated text": (set_bytes(TEXT, b"abc"), "text encoder in .* cannot be loaded"),
+    "truncated unet": (set_bytes(UNET_FILE, b"abc"), "cannot be read as safetensors"),
+    "unet tensor missing": (drop_tensor(UNET_FILE, "conv_in.bias"), r"1 tensors missing \(conv_in.bias\)"),
+    "vae tensor missing": (drop_tensor(VAE_FILE, "quant_conv.bias"), r"1 tensors missing \(quant_conv.bias\)"),
+    "text tensor missing": (drop_tensor(TEXT, "final_layer_norm.bias"), r"lacks .*final_layer_norm.bias"),
+    "text too narrow": (set_json("text_encoder/config.json", intermediate_size=40), r"mlp.fc1.weight"),
+    "text layers left over": (set_json("text_encoder/config.json", num_hidden_layers=1), r"layers.1.layer_norm1.bias"),
+    "unet shape": (set_json("unet/config.json", cross_attention_dim=32), r"attn2.to_k.weight \(16, 24\) instead of"),
+    "unet layers": (set_json("unet/config.json", layers_per_block=1), "tensors unexpected"),
+    "unet lacks": (set_json("unet/config.json", block_out_channels=...), "unet/config.json lacks 'block_out_channels'"),
+    "unet null": (set_json("unet/config.json", block_out_channels=None), "unet"),
+    "unet heads": (set_json("unet/config.json", attention_head_dim=5), "unet"),
+    "unet groups": (set_json("unet/config.json", norm_num_groups=7), "unet"),
+    "unet of XL": (set_json("unet/config.json", addition_embed_type="text_time"), "addition_embed_type is text_time"),
+    "vae groups": (set_json("vae/config.json", norm_num_groups=0), "vae"),
+    "vae blocks": (set_json("vae/config.json", down_block_types=["Foo"] * 4), "its down_block_types is"),
+    "betas": (set_json(SCHEDULER, beta_schedule="linear"), "beta_schedule is linear, but .* scaled_linear"),
+    "beta end": (set_json(SCHEDULER, beta_end=0.02), "beta_end is 0.02"),
+    "training steps": (set_json(SCHEDULER, num_train_timesteps=500), "num_train_timesteps is 500"),
+    "trained betas": (set_json(SCHEDULER, trained_betas=[0.1] * 1000), "trained_betas"),
+    "zero terminal": (set_json(SCHEDULER, rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+    "prediction": (set_json(SCHEDULER, prediction_type="sample"), "prediction_type sample is not supported"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_folders_are_refused_by_name(name, folder):
+    spoil, message = WRONG[name]
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=message) as error:
+        p2pz.load(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_widths_of_text_encoder_and_unet_must_agree(folder, saved, randomise):
+    encoder = CLIPTextModel(
+        CLIPTextConfig(vocab_size=632, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
+    )
+    encoder.save_pretrained(folder / "text_encoder")
+    with pytest.raises(CheckpointError, match="states of width 32, but its UNet reads 24"):
+        p2pz.load(folder)
+
+
+def test_context_length_is_the_encoders(folder):
+    """A tokenizer without a length of its own pads to the 77 positions that the text encoder has."""
+    change_json(folder / "tokenizer/tokenizer_config.json", model_max_length=...)
+    assert p2pz.load(folder).encode_text(["a cat"]).shape == (1, 77, 24)
+
+
+def test_a_file_is_no_model(folder):
+    with pytest.raises(CheckpointError, match="is a file"):
+        p2pz.load(folder / "model_index.json")
+
+
+def test_loading_prints_nothing(folder, capfd, caplog):
+    with caplog.at_level(logging.WARNING):
+        p2pz.load(folder)
+        p2pz.caption(np.full((128, 128, 3), 128, np.uint8), model=p2pz.load())
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+# --- the bundled model ---
+
+
+def test_bundled_model():
+    files = [path for path in MINI_FOLDER.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    print(f"{size / 2**20:.1f} MiB in {len(files)} files")
+    assert size <= 30 * 2**20
+    model = p2pz.load()
+    assert model.is_mini and model.prediction_type == "epsilon" and model.dtype == torch.float32
+    assert (model.vae.config.sample_size, model.vae.config.downsampling) == (128, 4)
+    assert model.encode_text(SENTENCES[:2]).shape == (2, 77, 128)

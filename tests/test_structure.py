@@ -1,0 +1,38 @@
+"""Imports run one way: cli, then editing, then the model, then kernels and weights, which know nothing above them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = {  # a module may import from its own package only modules of lower layers
+    "files": 0, "attention": 0, "schedule": 0, "layers": 0, "images": 1, "unet": 1, "vae": 1, "text": 0,
+    "model": 2, "clip": 3, "presets": 3, "directions": 3, "captions": 4, "inversion": 5, "editing": 6, "sampling": 7,
+    "__init__": 8, "cli": 9,
+}  # fmt: skip
+
+
+def imported(path):
+    """Names of all modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "p2pz").glob("*.py")), ids=lambda path: path.stem)
+def test_the_product_imports_downwards_and_never_diffusers(path):
+    names = set(imported(path))
+    assert not {name for name in names if name.split(".")[0] in ("diffusers", "bench", "tests")}
+    inner = {name.split(".")[1] for name in names if name.startswith("p2pz.")} & LAYERS.keys()
+    assert {name for name in inner if LAYERS[name] >= LAYERS[path.stem]} == set()
+
+
+@pytest.mark.parametrize("folder", ["kernels", "weights"])
+def test_kernels_and_weights_know_only_themselves(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        foreign = [name for name in imported(path) if name.startswith("p2pz") and f"p2pz.{folder}" not in name]
+        assert foreign == [], path
