@@ -123,7 +123,8 @@ def methods_for(model: p2pz.Model, task: str) -> dict[str, tuple[Settings, bool]
     ours = settings_for(model, "p2pz", style=task == "sketch->oil pastel")
     free = replace(ours, xa_guidance=0.0)
     return {
-        "DDIM + word swap": (free, True),
+        "DDIM + word swap, guidance 1": (replace(free, guidance=1.0), True),
+        "DDIM + word swap, guidance 2": (replace(free, guidance=2.0), True),
         "direction, no map guidance": (free, False),
         "pix2pix-zero": (ours, False),
     }

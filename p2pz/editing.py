@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +19,6 @@ from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.schedule import ddim_step, denoising_schedule
-
-LOWEST_MINI_PSNR = 26.0
-"""Below this reconstruction quality, in dB, an image is none of the bundled model's world."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +263,6 @@ def edit(
             for i, (image, reconstruction) in zip(batch, done, strict=True):
                 quality = psnr(reconstruction, pictures[i]) if i in pictures else None
                 results[i] = EditResult(image, reconstruction, inversions[i], prompts[i], quality)
-    _warn_of_strangers(results, model)
     return results[0] if single else results
 
 
@@ -323,14 +318,3 @@ def _prompts(
 
 def _image_size(inversion: Inversion, model: Model) -> tuple[int, ...]:
     return tuple(side * model.vae.config.downsampling for side in inversion.latents.shape[1:])
-
-
-def _warn_of_strangers(results: Sequence[EditResult], model: Model) -> None:
-    """Say so if the bundled model was given images of another world."""
-    worst = min((r.reconstruction_psnr for r in results if r.reconstruction_psnr is not None), default=float("inf"))
-    if model.is_mini and worst < LOWEST_MINI_PSNR:
-        warnings.warn(
-            f"the bundled model knows only its cartoon world and reproduces this image at {worst:.1f} dB; for "
-            "photographs load a Stable Diffusion checkpoint: p2pz.load(folder), --model FOLDER or P2PZ_MODEL=FOLDER",
-            stacklevel=3,
-        )

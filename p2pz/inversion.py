@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,15 @@ from tqdm import tqdm
 
 from p2pz.captions import captions_for
 from p2pz.files import load_tensors, save_tensors
-from p2pz.images import ImageLike, as_list, read_image, same_size_groups, to_tensor, working_size
+from p2pz.images import ImageLike, as_list, psnr, read_image, same_size_groups, to_pictures, to_tensor, working_size
 from p2pz.kernels import regularise_noise
 from p2pz.kernels.regulariser import pyramid_heights
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.schedule import authors_inversion_schedule, ddim_step, inversion_schedule
+
+LOWEST_MINI_PSNR = 26.0
+"""In dB. Pictures of the mini world come back from its autoencoder at 29 or more, two photographs at 16 and 20."""
 
 _SCHEDULES = {"mirror": inversion_schedule, "authors": authors_inversion_schedule}
 
@@ -188,12 +192,26 @@ def invert_pictures(
         image_latents = torch.cat(encoded)
     else:
         image_latents = model.encode_image(images)
+    if model.is_mini:
+        _warn_of_strangers(model, pictures, image_latents)
     context = model.encode_text(prompts)
     latents = invert_latents(model, image_latents, context, settings, generator, progress)
     return [
         Inversion(noise, encoded, prompt, settings.steps, model.text_fingerprint)
         for noise, encoded, prompt in zip(latents.cpu(), image_latents.cpu(), prompts, strict=True)
     ]
+
+
+def _warn_of_strangers(model: Model, pictures: Sequence[Image.Image], image_latents: Tensor) -> None:
+    """Say so if the bundled model was given pictures of another world."""
+    decoded = to_pictures(model.decode_latents(image_latents))
+    worst = min(psnr(*pair) for pair in zip(decoded, pictures, strict=True))
+    if worst < LOWEST_MINI_PSNR:
+        warnings.warn(
+            f"the bundled model knows only its cartoon world and can reproduce this image at {worst:.1f} dB only; for "
+            "photographs load a Stable Diffusion checkpoint: p2pz.load(folder), --model FOLDER or P2PZ_MODEL=FOLDER",
+            stacklevel=4,
+        )
 
 
 def invert(

@@ -68,16 +68,21 @@ PRESETS = {
 
 MINI_SETTINGS = Settings(
     steps=20,
-    guidance=1.5,
-    xa_guidance=0.5,
+    strength=2.0,
+    guidance=1.0,
+    xa_guidance=1.0,
     gradient="conditional",
     autocorrelation_strength=0.0,
     kl_strength=0.0,
 )
-"""What the preset "p2pz" stands for on the bundled model."""
+"""What the preset "p2pz" stands for on the bundled model.
 
-MINI_STYLE_SETTINGS = replace(MINI_SETTINGS, xa_guidance=0.05)
-"""The same for a change of style, which has to move every pixel: the maps may only be held loosely."""
+A longer direction under firm map guidance edits more surely than classifier-free guidance, leaves more of the
+background and needs no negative half. Chosen with `bench/quality.py --split tuning`.
+"""
+
+MINI_STYLE_SETTINGS = replace(MINI_SETTINGS, strength=1.0, xa_guidance=0.2)
+"""The same for a change of style, which has to move every pixel: the maps are held loosely."""
 
 
 def settings_for(model: Model, preset: str, *, style: bool = False, **changes: Any) -> Settings:

