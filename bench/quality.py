@@ -130,12 +130,16 @@ def methods_for(model: p2pz.Model, task: str) -> dict[str, tuple[Settings, bool]
     }
 
 
-def summary(rows: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Mean and 95 % confidence half-width (normal approximation) of every measurement."""
-    return {
-        name: {"mean": float(np.mean(values)), "ci95": float(1.96 * np.std(values) / len(values) ** 0.5)}
-        for name, values in rows.items()
-    }
+def summary(rows: dict[str, list[float]]) -> dict[str, dict[str, float | None]]:
+    """Mean and 95 % confidence half-width (normal approximation) of every measurement; None where it is infinite."""
+    figures = {}
+    for name, values in rows.items():
+        finite = bool(np.isfinite(values).all())
+        mean, half = (
+            (float(np.mean(values)), float(1.96 * np.std(values) / len(values) ** 0.5)) if finite else (None,) * 2
+        )
+        figures[name] = {"mean": mean, "ci95": half}
+    return figures
 
 
 def run_methods(model: p2pz.Model, split: str, count: int, tasks: list[str], out: Path, seed: int) -> dict:
@@ -196,7 +200,8 @@ def markdown(results: dict, machine: str) -> str:
         cells = []
         for task in tasks:
             figures = results[task][name]
-            background = f"{figures['background']['mean']:.1f}" if "background" in figures else "-"
+            background = figures.get("background", {"mean": None})["mean"]
+            background = "-" if background is None else f"{background:.1f}"
             cells.append(f"{figures['accuracy']['mean']:.2f} / {background} / {figures['truth']['mean']:.1f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
