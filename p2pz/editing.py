@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -203,7 +204,7 @@ def edit(
         model: None loads the default model.
         prompt: what the image shows, one text or one per image. None: an inversion's own prompt; the bundled model
             recognises the image; other models assume "a photo of a cat" for the direction "cat->dog".
-        negative_prompt: None takes the prompt, which keeps the reference pass on the image.
+        negative_prompt: None takes the prompt, which keeps the reference pass on the image. It needs guidance above 1.
         preset: `"p2pz"`, `"authors"` or `"diffusers"`, see `p2pz.presets`.
         steps: 1 to 999; None takes the inversion's or else the preset's.
         strength: multiple of the direction, stronger edits with larger values; None takes the preset's.
@@ -240,6 +241,8 @@ def edit(
         xa_guidance=xa_guidance,
         **settings,
     )
+    if negative_prompt is not None and numbers.guidance == 1:
+        warnings.warn("a negative prompt does nothing at guidance 1: give a larger guidance too", stacklevel=2)
 
     places = [i for i, item in enumerate(items) if not isinstance(item, Inversion)]
     pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model), strict=True))

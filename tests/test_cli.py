@@ -107,18 +107,20 @@ def plain_edits():
 
 @pytest.mark.filterwarnings("ignore:the bundled model")
 @pytest.mark.parametrize(
-    ("name", "value", "steps"),
+    ("options", "steps"),
     [
-        ("xa_guidance", 3.0, 1),
-        ("prompt", "a sketch of a dog", 1),
-        ("negative_prompt", "a ball", 1),
-        ("preset", "authors", 3),
+        ({"xa_guidance": 3.0}, 1),
+        ({"strength": 3.0}, 1),
+        ({"guidance": 3.0}, 1),
+        ({"prompt": "a sketch of a dog"}, 1),
+        ({"negative_prompt": "a ball", "guidance": 2.0}, 1),
+        ({"preset": "authors"}, 3),
     ],
 )
-def test_edit_options_reach_the_api(name, value, steps, p2pz_, model, plain_edits):
-    option = f"--{name.replace('_', '-')}"
-    assert p2pz_("edit", "cat.png", *CAT_TO_DOG, "--steps", steps, option, value, "-o", "out.png")[0] == 0
-    expected = p2pz.edit("cat.png", "cat->dog", model=model, steps=steps, **{name: value})
+def test_edit_options_reach_the_api(options, steps, p2pz_, model, plain_edits):
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert p2pz_("edit", "cat.png", *CAT_TO_DOG, "--steps", steps, *words, "-o", "out.png")[0] == 0
+    expected = p2pz.edit("cat.png", "cat->dog", model=model, steps=steps, **options)
     assert np.array_equal(pixels("out.png"), expected.image)
     if steps not in plain_edits:
         plain_edits[steps] = np.asarray(p2pz.edit("cat.png", "cat->dog", model=model, steps=steps).image)
@@ -322,10 +324,10 @@ DIRECTION = ("direction", "-o", "d.safetensors")
         (("edit", "folder", *TO_DOG), "image folder cannot be read"),
         (("edit", "missing.safetensors", *TO_DOG), "inversion missing.safetensors does not exist"),
         (("edit", "text.safetensors", *TO_DOG), "inversion text.safetensors cannot be read"),
-        (("edit", "foreign.safetensors", *TO_DOG), "not an inversion that p2pz saved"),
+        (("edit", "foreign.safetensors", *TO_DOG), "no inversion that p2pz saved"),
         (("edit", "cat.png", "--direction", "missing.safetensors"), "direction missing.safetensors does not exist"),
         (("edit", "cat.png", "--direction", "text.safetensors"), "direction text.safetensors cannot be read"),
-        (("edit", "cat.png", "--direction", "inversion.safetensors"), "not a direction that p2pz saved"),
+        (("edit", "cat.png", "--direction", "inversion.safetensors"), "no direction that p2pz saved"),
         ((*EDIT, "--guidance", "nan"), "guidance must be zero or more"),
         ((*EDIT, "--xa-guidance", "-1"), "xa_guidance must be zero or more"),
         ((*EDIT, "--preset", "authors", "--steps", "2"), "steps must be a whole number from 3 to 999"),
@@ -445,8 +447,8 @@ def test_warnings_are_one_line_with_the_image(p2pz_):
     Image.fromarray(noise).save("noise.png")
     status, out, err = p2pz_("edit", "noise.png", *CAT_TO_DOG, "--prompt", "a cat " * 60)
     assert status == 0 and len(out) == 1 and len(err) == 2
-    assert err[0].startswith("p2pz: warning: noise.png: only the first 75 tokens count of: a cat a cat")
-    assert re.match(r"p2pz: warning: noise.png: the bundled model knows only .* at \d+\.\d dB", err[1])
+    assert re.match(r"p2pz: warning: noise.png: the bundled model knows only .* at \d+\.\d dB", err[0])
+    assert err[1].startswith("p2pz: warning: noise.png: only the first 75 tokens count of: a cat a cat")
 
 
 @pytest.mark.parametrize("name", ["out.png", "out"])

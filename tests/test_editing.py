@@ -257,6 +257,11 @@ def test_settings_out_of_range(model, pictures, cat_to_dog, settings, message):
         p2pz.edit(pictures[0], cat_to_dog, model=model, **settings)
 
 
+def test_a_negative_prompt_without_guidance_is_not_ignored_silently(model, pictures, cat_to_dog):
+    with pytest.warns(UserWarning, match="negative prompt does nothing at guidance 1"):
+        p2pz.edit(pictures[0], cat_to_dog, model=model, steps=1, negative_prompt="a ball", progress=False)
+
+
 def test_bad_images_and_directions(model, pictures, cat_to_dog):
     with pytest.raises(ValueError, match="list of images is empty"):
         p2pz.edit([], cat_to_dog, model=model)
