@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from p2pz import schedule, text
 from p2pz.attention import Attend, attend
 from p2pz.unet import UNet, UNetConfig
 from p2pz.vae import VAE, VAEConfig
-from p2pz.weights import MINI_FOLDER, CheckpointError, find_tensors, load_tensors, read_json
+from p2pz.weights import MINI_FOLDER, CheckpointError, find_tensors, load_tensors, mini_world, read_json
 from p2pz.weights.folder import VAE_RENAMES
 
 if TYPE_CHECKING:
@@ -62,7 +64,17 @@ class Model:
         return self.folder == MINI_FOLDER
 
     def encode_text(self, sentences: Sequence[str]) -> Tensor:
-        """Text states `[len(sentences), 77, d]`. Raises ValueError if there are no sentences."""
+        """Text states `[len(sentences), 77, d]`. Raises ValueError if there are no sentences.
+
+        Warns of words that the bundled model has never seen; they mean nothing to it.
+        """
+        unknown = set(re.findall(r"[^\W\d_]+", " ".join(sentences).lower())) - set(mini_world.VOCABULARY)
+        if self.is_mini and unknown:
+            warnings.warn(
+                f"the bundled model does not know {', '.join(sorted(unknown))}; "
+                f"all its words: {' '.join(mini_world.VOCABULARY)}",
+                stacklevel=3,
+            )
         return text.encode_text(self.tokenizer, self.text_encoder, sentences)
 
     @torch.no_grad()

@@ -78,6 +78,11 @@ def test_files_that_are_no_direction(model, tmp_path):
         inversion.save(tmp_path / "nowhere" / "inversion.safetensors")
 
 
+def test_words_that_the_bundled_model_does_not_know_are_named(model):
+    with pytest.warns(UserWarning, match=r"does not know elephant, sofa; all its words: a .* cat .* zebra"):
+        p2pz.direction(sentences=(["a cat on the sofa"], ["an Elephant on the sofa"]), model=model)
+
+
 @pytest.mark.parametrize("words", ["cat -> dog", "cat→dog", "  cat->dog "])
 def test_words_of_a_direction(words):
     assert parse_direction(words) == ("cat", "dog")
