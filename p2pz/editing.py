@@ -123,7 +123,7 @@ def edit_steps(
 
     Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), algorithm 1.
     """
-    guidance, strength = settings.guidance, settings.xa_guidance
+    guidance, xa_guidance = settings.guidance, settings.xa_guidance
     pairs = guidance != 1
     negative_states = caption if negative is None else negative
     edited_pair = torch.cat([negative_states, edited]) if pairs else edited
@@ -136,25 +136,25 @@ def edit_steps(
     latents = reference = noise
     for timestep, alpha_from, alpha_to in denoising_schedule(settings.steps).rows():
         maps: dict[str, Tensor] = {}
-        recorder = record_cross_attention(maps) if strength else attend
+        recorder = record_cross_attention(maps) if xa_guidance else attend
         reference_noise = guided_noise(
             model, halves(reference, reference_pairs), timestep, alpha_from, reference_states,
             guidance if reference_pairs else 1, recorder,
         )  # fmt: skip
         reference = ddim_step(reference, reference_noise, alpha_from, alpha_to)
 
-        if not strength:
+        if not xa_guidance:
             moved = halves(latents)
         elif settings.gradient == "conditional" or not pairs:
             conditional_maps = {path: both.chunk(2)[1] for path, both in maps.items()} if reference_pairs else maps
             gradient = map_gradient(model, latents, timestep, alpha_from, edited, conditional_maps)
-            moved = halves(latents - strength * gradient)
+            moved = halves(latents - xa_guidance * gradient)
         else:
             pair_maps = maps if reference_pairs else {path: torch.cat([one, one]) for path, one in maps.items()}
             gradient = map_gradient(model, halves(latents), timestep, alpha_from, edited_pair, pair_maps) / 2
             if settings.gradient == "both":
                 gradient = halves(sum(gradient.chunk(2)))
-            moved = halves(latents) - strength * gradient
+            moved = halves(latents) - xa_guidance * gradient
         latents = moved[: len(noise)]
         predicted = guided_noise(model, moved, timestep, alpha_from, edited_pair, guidance)
         latents = ddim_step(latents, predicted, alpha_from, alpha_to)
