@@ -32,7 +32,7 @@ import p2pz
 from p2pz.clip import Clip, load_mini_clip
 from p2pz.directions import with_article
 from p2pz.editing import edit_latents
-from p2pz.images import psnr, to_pictures
+from p2pz.images import psnr, to_pictures, to_tensor
 from p2pz.presets import Settings, settings_for
 from p2pz.weights import MINI_FOLDER, mini_world
 from p2pz.weights.judge import Judge, load_judge
@@ -101,8 +101,7 @@ class TaskRun:
         images = clip.image_features(edited)
         before, after = ((images * clip.text_features(texts)).sum(1).tolist() for texts in (self.captions, swapped))
         field, wanted = JUDGED_FIELD[self.task]
-        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in edited]))
-        seen = judge.classify(pixels.permute(0, 3, 1, 2) / 127.5 - 1)
+        seen = judge.classify(to_tensor(edited))
         rows = {
             "accuracy": [float(target > source) for source, target in zip(before, after, strict=True)],
             "judge": [float(value == wanted) for value in seen[field]],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -217,12 +216,12 @@ def _outputs(names: Sequence[str], out: str | None) -> tuple[list[Path], bool]:
     """
     from PIL import Image
 
+    from p2pz.files import check_place
     from p2pz.images import check_image_path
 
     if len(names) == 1 and not (out and (out.endswith("/") or Path(out).is_dir())):
         output = Path(out or names[0])
         check_image_path(output)
-        _check_place(output)
         return [output], False
     folder = Path(out or ".")
     if not folder.is_dir() and folder.suffix.lower() in Image.registered_extensions():
@@ -236,27 +235,19 @@ def _outputs(names: Sequence[str], out: str | None) -> tuple[list[Path], bool]:
     except OSError as error:
         raise ValueError(f"cannot create the folder {folder}: {(error.strerror or str(error)).lower()}") from None
     for output in outputs:
-        _check_place(output)
+        check_place(output)
     return outputs, True
 
 
 def _tensor_output(out: str) -> Path:
     """The path of a safetensors file to write, checked before the work. Raises ValueError."""
+    from p2pz.files import check_place
+
     output = Path(out)
     if output.suffix != ".safetensors":
         raise ValueError(f"cannot write {output}: give a name that ends in .safetensors")
-    _check_place(output)
+    check_place(output)
     return output
-
-
-def _check_place(output: Path) -> None:
-    """Raise ValueError if no file can be put there."""
-    if not output.parent.is_dir():
-        raise ValueError(f"cannot write {output}: the folder {output.parent} does not exist")
-    if output.is_dir():
-        raise ValueError(f"cannot write {output}: it is a folder")
-    if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"cannot write {output}: permission denied")
 
 
 def _skip(output: Path, args: argparse.Namespace) -> bool:

@@ -37,6 +37,17 @@ def atomic_path(path: str | os.PathLike):
         temporary.unlink(missing_ok=True)
 
 
+def check_place(path: str | os.PathLike) -> None:
+    """Raise ValueError if no file can be put there; to be called before long work."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write {path}: permission denied")
+
+
 def save_tensors(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], card: dict[str, str]) -> None:
     """Write a safetensors file whose metadata says what it is.
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from p2pz.files import atomic_path
+from p2pz.files import atomic_path, check_place
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
@@ -159,7 +159,4 @@ def check_image_path(path: str | os.PathLike) -> None:
     Image.init()
     if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"cannot save an image as {path}: give a name that ends in .png or .jpg")
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
+    check_place(path)

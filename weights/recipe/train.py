@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from p2pz import schedule, unet, vae
+from p2pz.clip import IMAGE_MEAN, IMAGE_STD
 from p2pz.weights import mini_world as world
 from p2pz.weights.judge import Judge, load_judge
 
@@ -47,7 +48,6 @@ FIELDS = {
 }  # fmt: skip
 NAMES = tuple(FIELDS)
 ZEBRA = world.ANIMALS.index("zebra")  # its fur has no colour
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -444,7 +444,7 @@ def load_clip(folder: Path, device: torch.device):
 
 def image_features(model, images: Tensor) -> Tensor:
     """Unit vectors `[B, 128]` of images in [-1, 1]."""
-    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
     pooled = model.vision_model(pixel_values=(images / 2 + 0.5 - mean) / std).pooler_output
     return F.normalize(model.visual_projection(pooled).float(), dim=-1)
 
