@@ -1,6 +1,36 @@
-"""Tensor primitives of p2pz: attention and the noise regulariser. Knows nothing of diffusion models."""
+"""Tensor primitives of p2pz, each in readable PyTorch and as a Triton kernel. Knows nothing of diffusion models.
 
-from p2pz.kernels.attention import attention, attention_probabilities
-from p2pz.kernels.regulariser import autocorrelation_loss, kl_loss, regularise_noise
+Every function takes `backend`: `"auto"` runs the kernel on CUDA tensors that it supports and PyTorch on all others,
+`"torch"` and `"triton"` insist.
+"""
 
-__all__ = ["attention", "attention_probabilities", "autocorrelation_loss", "kl_loss", "regularise_noise"]
+from p2pz.kernels.cross_attention import attend_with_probabilities, attention_probabilities, attention_with_maps
+from p2pz.kernels.gating import geglu
+from p2pz.kernels.map_editing import edited_attention
+from p2pz.kernels.map_guidance import guided_attention
+from p2pz.kernels.norms import group_norm, layer_norm
+from p2pz.kernels.regulariser import (
+    autocorrelation_gradient,
+    autocorrelation_loss,
+    kl_gradient,
+    kl_loss,
+    regularise_noise,
+)
+from p2pz.kernels.self_attention import attention
+
+__all__ = [
+    "attend_with_probabilities",
+    "attention",
+    "attention_probabilities",
+    "attention_with_maps",
+    "autocorrelation_gradient",
+    "autocorrelation_loss",
+    "edited_attention",
+    "geglu",
+    "group_norm",
+    "guided_attention",
+    "kl_gradient",
+    "kl_loss",
+    "layer_norm",
+    "regularise_noise",
+]

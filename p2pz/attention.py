@@ -7,9 +7,10 @@ is registered: a recorder or a guide is a closure that owns what it collects.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from p2pz.kernels.attention import attend_with_probabilities, attention, attention_probabilities
+from p2pz.kernels import attention, attention_with_maps, guided_attention
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,42 @@ def record_cross_attention(maps: dict[str, Tensor]) -> Attend:
     def attend_and_record(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         if site.kind == "self":
             return attention(q, k, v)
-        maps[site.path] = attention_probabilities(q, k)
-        return attend_with_probabilities(maps[site.path], v)
+        out, maps[site.path] = attention_with_maps(q, k, v, dtype=torch.promote_types(q.dtype, torch.float32))
+        return out
 
     return attend_and_record
 
 
-def compare_cross_attention(reference: dict[str, Tensor], losses: list[Tensor]) -> Attend:
+QueriesAndKeys = dict[str, tuple[Tensor, Tensor]]
+"""`site.path -> (q [B, N, H, D], k [B, M, H, D])` of the cross-attention layers: their maps, not yet computed."""
+
+
+def keep_queries_and_keys(kept: QueriesAndKeys) -> Attend:
+    """An `attend` that keeps what the maps of every cross-attention layer are made of; far smaller than the maps.
+
+    Args:
+        kept: receives q and k by path, overwritten by each forward pass.
+
+    Returns:
+        A function for the `attend` argument of the UNet.
+    """
+
+    def attend_and_keep(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        if site.kind == "cross":
+            kept[site.path] = q, k
+        return attention(q, k, v)
+
+    return attend_and_keep
+
+
+def guide_cross_attention(reference: QueriesAndKeys, losses: list[Tensor]) -> Attend:
     """An `attend` that measures how far the cross-attention maps are from reference maps.
 
     Each cross-attention layer appends one tensor `[B]`: the squared difference of the maps, summed over positions and
     tokens and averaged over the heads. The sum of the list is the loss of every image on its own.
 
     Args:
-        reference: `site.path -> [B, H, N, M]`, maps of the reference pass at the same timestep.
+        reference: queries and keys of the reference pass at the same timestep, see `keep_queries_and_keys`.
         losses: receives the per-layer losses, differentiable with respect to `q`.
 
     Returns:
@@ -74,11 +97,11 @@ def compare_cross_attention(reference: dict[str, Tensor], losses: list[Tensor]) 
     Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), equation 6.
     """
 
-    def attend_and_compare(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+    def attend_and_guide(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         if site.kind == "self":
             return attention(q, k, v)
-        probabilities = attention_probabilities(q, k)
-        losses.append((probabilities - reference[site.path]).square().sum((2, 3)).mean(1))
-        return attend_with_probabilities(probabilities, v)
+        out, loss = guided_attention(q, k, v, *reference[site.path])
+        losses.append(loss)
+        return out
 
-    return attend_and_compare
+    return attend_and_guide

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from p2pz.attention import Attend, attend, compare_cross_attention, record_cross_attention
+from p2pz.attention import Attend, QueriesAndKeys, attend, guide_cross_attention, keep_queries_and_keys
 from p2pz.captions import captions_for
 from p2pz.directions import Direction, direction, is_medium, parse_direction, source_prompt
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
@@ -74,7 +74,7 @@ def guided_noise(
 
 
 def map_gradient(
-    model: Model, latents: Tensor, timestep: Tensor, alpha: float, contexts: Tensor, reference_maps: dict[str, Tensor]
+    model: Model, latents: Tensor, timestep: Tensor, alpha: float, contexts: Tensor, reference: QueriesAndKeys
 ) -> Tensor:
     """Gradient, with respect to the latents, of the distance between their cross-attention maps and reference maps.
 
@@ -86,7 +86,7 @@ def map_gradient(
         latents: `[B, 4, h, w]`.
         timestep, alpha: as in `Model.predict_noise`.
         contexts: `[B, 77, d]`.
-        reference_maps: `path -> [B, heads, N, 77]`, see `record_cross_attention`.
+        reference: what the reference maps are made of, see `keep_queries_and_keys`.
 
     Returns:
         `[B, 4, h, w]`.
@@ -96,7 +96,7 @@ def map_gradient(
     with torch.enable_grad():
         latents = latents.detach().requires_grad_()
         losses: list[Tensor] = []
-        model.predict_noise(latents, timestep, alpha, contexts, compare_cross_attention(reference_maps, losses))
+        model.predict_noise(latents, timestep, alpha, contexts, guide_cross_attention(reference, losses))
         return torch.autograd.grad(torch.stack(losses).sum(), latents)[0]
 
 
@@ -135,23 +135,23 @@ def edit_steps(
 
     latents = reference = noise
     for timestep, alpha_from, alpha_to in denoising_schedule(settings.steps).rows():
-        maps: dict[str, Tensor] = {}
-        recorder = record_cross_attention(maps) if xa_guidance else attend
+        kept: QueriesAndKeys = {}
         reference_noise = guided_noise(
             model, halves(reference, reference_pairs), timestep, alpha_from, reference_states,
-            guidance if reference_pairs else 1, recorder,
+            guidance if reference_pairs else 1, keep_queries_and_keys(kept) if xa_guidance else attend,
         )  # fmt: skip
         reference = ddim_step(reference, reference_noise, alpha_from, alpha_to)
 
         if not xa_guidance:
             moved = halves(latents)
         elif settings.gradient == "conditional" or not pairs:
-            conditional_maps = {path: both.chunk(2)[1] for path, both in maps.items()} if reference_pairs else maps
-            gradient = map_gradient(model, latents, timestep, alpha_from, edited, conditional_maps)
+            conditional = {path: (q[-len(noise) :], k[-len(noise) :]) for path, (q, k) in kept.items()}
+            gradient = map_gradient(model, latents, timestep, alpha_from, edited, conditional)
             moved = halves(latents - xa_guidance * gradient)
         else:
-            pair_maps = maps if reference_pairs else {path: torch.cat([one, one]) for path, one in maps.items()}
-            gradient = map_gradient(model, halves(latents), timestep, alpha_from, edited_pair, pair_maps) / 2
+            if not reference_pairs:
+                kept = {path: (halves(q), halves(k)) for path, (q, k) in kept.items()}
+            gradient = map_gradient(model, halves(latents), timestep, alpha_from, edited_pair, kept) / 2
             if settings.gradient == "both":
                 gradient = halves(sum(gradient.chunk(2)))
             moved = halves(latents) - xa_guidance * gradient

@@ -100,7 +100,7 @@ def draw_offsets(generator: torch.Generator, settings: Settings, channels: int, 
         for _ in range(settings.rounds * settings.rolls * channels)
         for size in heights
     ]
-    return torch.tensor(draws).view(settings.rounds, settings.rolls, 1, channels, len(heights))
+    return torch.tensor(draws, dtype=torch.int64).view(settings.rounds, settings.rolls, 1, channels, len(heights))
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def inversion_steps(
     for timestep, alpha_from, alpha_to in _SCHEDULES[settings.inversion](settings.steps).rows():
         noise = model.predict_noise(latents, timestep, alpha_from, context)
         if settings.autocorrelation_strength or settings.kl_strength:
-            offsets = draw_offsets(generator, settings, *latents.shape[1:3]).to(latents.device)
+            offsets = draw_offsets(generator, settings, *latents.shape[1:3])
             noise = regularise_noise(
                 noise, offsets, settings.autocorrelation_strength, settings.kl_strength, settings.form
             )

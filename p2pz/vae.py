@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2pz.kernels.attention import attention
+from p2pz.kernels.self_attention import attention
 from p2pz.layers import Downsample, ResnetBlock, Upsample, to_map, to_tokens
 
 _EPS = 1e-6  # of every group norm of the VAE; the UNet's residual blocks use 1e-5

@@ -1,7 +1,13 @@
 """Shared by the tests: a seed for every test, the error measure, and pairs of our UNet and diffusers' one."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run in its interpreter, on the CPU
+
 from diffusers import UNet2DConditionModel
 
 from p2pz import unet
@@ -32,6 +38,12 @@ UNETS = {
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where kernels are tested: the GPU, or the CPU through Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from diffusers.pipelines.deprecated.stable_diffusion_variants import StableDiffu
 from PIL import Image
 
 import p2pz
-from p2pz.attention import record_cross_attention
+from p2pz.attention import keep_queries_and_keys, record_cross_attention
 from p2pz.directions import Direction
 from p2pz.editing import edit_latents, map_gradient
 from p2pz.images import psnr, to_tensor
@@ -141,7 +141,9 @@ def test_map_gradient_is_the_derivative_of_the_map_distance(model):
         return sum((maps[p] - reference[p]).square().sum((2, 3)).mean(1).sum() for p in reference)
 
     # predict_noise returns float32 noise, but the maps and the gradient stay in float64
-    gradient = map_gradient(double, latents, timestep, 0.5, states, reference)
+    kept = {}
+    double.unet(start, timestep, states[:1].expand(2, -1, -1), keep_queries_and_keys(kept))
+    gradient = map_gradient(double, latents, timestep, 0.5, states, kept)
     step = 1e-5
     slope = (distance(latents + step * along) - distance(latents - step * along)) / (2 * step)
     assert abs((gradient * along).sum() - slope) < 1e-5 * abs(slope)

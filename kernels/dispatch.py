@@ -1,0 +1,102 @@
+"""What happens before a launch: arguments are checked, and the torch reference or the Triton kernel is chosen."""
+
+import os
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this system: the references serve alone
+
+    class triton:
+        jit = staticmethod(lambda function: function)
+
+    class tl:
+        constexpr = staticmethod(lambda value: value)
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+"""Whether Triton runs kernels in its interpreter, which takes CPU tensors. It reads that variable at import, too."""
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def choose_triton(backend: str, unsupported: str | None, *tensors: Tensor) -> bool:
+    """Whether the Triton kernel is to run.
+
+    Args:
+        backend: `"torch"`: never. `"triton"`: always, or an error. `"auto"`: for CUDA tensors that the kernel supports.
+        unsupported: why the kernel cannot take these arguments, or None.
+        tensors: all tensor arguments.
+
+    Returns:
+        True for the kernel, False for the reference.
+
+    Raises:
+        ValueError: unknown backend, or `"triton"` was asked for what it cannot do.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f'backend must be "auto", "torch" or "triton", not {backend!r}')
+    if backend == "torch":
+        return False
+    for tensor in tensors:
+        if not unsupported and tensor.dtype.is_floating_point and tensor.dtype not in KERNEL_DTYPES:
+            unsupported = f"{tensor.dtype} is not supported: float16, bfloat16 and float32 are"
+    if not unsupported and not hasattr(triton, "__version__"):
+        unsupported = "Triton is not installed"
+    on_gpu = all(tensor.is_cuda for tensor in tensors)
+    if not unsupported and not on_gpu and not INTERPRETED:
+        unsupported = f"the tensors are on {tensors[0].device}: CUDA tensors are needed (or TRITON_INTERPRET=1)"
+    if backend == "triton" and unsupported:
+        raise ValueError(f'backend="triton": {unsupported}')
+    return backend == "triton" or (on_gpu and not unsupported)
+
+
+def check_attention(q: Tensor, **keys: Tensor) -> None:
+    """Check the shapes and dtypes of attention inputs.
+
+    Args:
+        q: queries, `[B, N, H, D]`.
+        keys: keys and values by argument name, each `[B, M, H, D]` with the same M, and further queries by names that
+            start with `q`, each of the shape of `q`.
+
+    Raises:
+        ValueError: names the argument, what it is and what it should be.
+    """
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"q must be [B, N, H, D] with no empty axis, not {list(q.shape)}")
+    batch, _, heads, width = q.shape
+    count = None
+    for name, tensor in keys.items():
+        if name.startswith("q"):
+            expected = list(q.shape)
+        else:
+            count = count or (tensor.shape[1] if tensor.ndim == 4 else 0) or "M"
+            expected = [batch, count, heads, width]
+        if list(tensor.shape) != expected:
+            raise ValueError(f"{name} must be {expected} to go with q {list(q.shape)}, not {list(tensor.shape)}")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, but q is {q.dtype} on {q.device}: they must agree"
+            )
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last axis is contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def split_width(width: int, element_size: int) -> tuple[int, int]:
+    """A head size as one or two powers of two (the second may be 0), which the sides of tiles must be.
+
+    40 becomes 64, 80 becomes 128, and 160 becomes 128 + 64 instead of 256. Every part is at least 128 bytes wide:
+    narrower tiles are stored in another order, and ptxas 12.8 (of Triton 3.6) confuses the addresses where a kernel
+    without a loop mixes two orders.
+    """
+    least = 128 // element_size
+    first = max(least, 1 << (width.bit_length() - 1))
+    rest = width - first
+    second = max(least, 1 << (rest - 1).bit_length()) if rest > 0 else 0
+    return (2 * first, 0) if first == second else (first, second)

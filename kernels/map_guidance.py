@@ -1,0 +1,236 @@
+"""Cross-attention that also says how far its maps are from reference maps, without storing either."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from p2pz.kernels.cross_attention import attend_with_probabilities, attention_probabilities
+from p2pz.kernels.dispatch import check_attention, choose_triton, tl, triton, unit_stride
+from p2pz.kernels.tiles import lifted, plan, probabilities, product, weigh
+
+
+def guided_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, q_reference: Tensor, k_reference: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `guided_attention`."""
+    probabilities = attention_probabilities(q, k)
+    reference = attention_probabilities(q_reference, k_reference)
+    loss = (probabilities - reference).square().sum((2, 3)).mean(1)
+    return attend_with_probabilities(probabilities, v), loss
+
+
+@triton.jit
+def guided_forward(
+    p_q,  # [B, N, H, D]
+    p_k,  # [B, M, H, D]
+    p_v,  # [B, M, H, D]
+    p_q_reference,  # [B, N, H, D]
+    p_k_reference,  # [B, M, H, D]
+    p_out,  # [B, N, H, D] contiguous
+    p_loss,  # [B, H, blocks] contiguous float32: each program's share of the loss
+    stride_qb, stride_qn, STRIDE_QH: tl.constexpr,
+    stride_kb, stride_km, STRIDE_KH: tl.constexpr,
+    stride_vb, stride_vm, STRIDE_VH: tl.constexpr,
+    stride_qrb, stride_qrn, STRIDE_QRH: tl.constexpr,
+    stride_krb, stride_krm, STRIDE_KRH: tl.constexpr,
+    N,
+    scale,  # log2(e) / sqrt(D)
+    H: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    i_n, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b64 = i_b.to(tl.int64)
+    p_q += i_b64 * stride_qb + i_h * STRIDE_QH
+    p_k += i_b64 * stride_kb + i_h * STRIDE_KH
+    p_v += i_b64 * stride_vb + i_h * STRIDE_VH
+    p_q_reference += i_b64 * stride_qrb + i_h * STRIDE_QRH
+    p_k_reference += i_b64 * stride_krb + i_h * STRIDE_KRH
+    p_out += i_b64 * N * H * D + i_h * D
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    # [BLOCK_N, BLOCK_M]
+    b_r = probabilities(
+        p_q_reference, p_k_reference, o_n, stride_qrn, stride_krm, scale, N, M, D, PIECE, BLOCK_N, BLOCK_M
+    )
+    b_p = probabilities(p_q, p_k, o_n, stride_qn, stride_km, scale, N, M, D, PIECE, BLOCK_N, BLOCK_M)
+
+    # rows beyond N and keys beyond M add nothing: both maps are equal there
+    b_loss = tl.sum((b_p - b_r) * (b_p - b_r), axis=1)
+    b_one = tl.full([BLOCK_N], 1.0, dtype=tl.float32)
+    weigh(b_p, b_one, p_v, p_out, o_n, stride_vm, H * D, N, M, D, PIECE, BLOCK_N, BLOCK_M)
+    i_program = (i_b * tl.num_programs(1) + i_h) * tl.num_programs(0) + i_n
+    tl.store(p_loss + i_program, tl.sum(b_loss, axis=0) / H)
+
+
+@triton.jit
+def guided_backward(
+    p_q,  # [B, N, H, D]
+    p_k,  # [B, M, H, D]
+    p_v,  # [B, M, H, D]
+    p_q_reference,  # [B, N, H, D]
+    p_k_reference,  # [B, M, H, D]
+    p_dout,  # [B, N, H, D], or None
+    p_dloss,  # [B] float32, or None
+    p_dq,  # [B, N, H, D] contiguous
+    stride_qb, stride_qn, STRIDE_QH: tl.constexpr,
+    stride_kb, stride_km, STRIDE_KH: tl.constexpr,
+    stride_vb, stride_vm, STRIDE_VH: tl.constexpr,
+    stride_qrb, stride_qrn, STRIDE_QRH: tl.constexpr,
+    stride_krb, stride_krm, STRIDE_KRH: tl.constexpr,
+    stride_dob, stride_don, STRIDE_DOH: tl.constexpr,
+    stride_dloss,
+    N,
+    scale,  # log2(e) / sqrt(D)
+    scale_dq,  # 1 / sqrt(D)
+    H: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    i_n, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b64 = i_b.to(tl.int64)
+    p_q += i_b64 * stride_qb + i_h * STRIDE_QH
+    p_k += i_b64 * stride_kb + i_h * STRIDE_KH
+    p_dq += i_b64 * N * H * D + i_h * D
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    # [BLOCK_N, BLOCK_M]
+    b_p = probabilities(p_q, p_k, o_n, stride_qn, stride_km, scale, N, M, D, PIECE, BLOCK_N, BLOCK_M)
+    b_dp = tl.zeros_like(b_p)
+    if p_dloss is not None:
+        p_q_reference += i_b64 * stride_qrb + i_h * STRIDE_QRH
+        p_k_reference += i_b64 * stride_krb + i_h * STRIDE_KRH
+        b_r = probabilities(
+            p_q_reference, p_k_reference, o_n, stride_qrn, stride_krm, scale, N, M, D, PIECE, BLOCK_N, BLOCK_M
+        )
+        b_dp = (b_p - b_r) * (tl.load(p_dloss + i_b64 * stride_dloss) * (2.0 / H))
+    if p_dout is not None:
+        p_v += i_b64 * stride_vb + i_h * STRIDE_VH
+        p_dout += i_b64 * stride_dob + i_h * STRIDE_DOH
+        o_m = tl.arange(0, BLOCK_M)
+        b_dp += product(p_dout, p_v, o_n, o_m, stride_don, stride_vm, N, M, D, PIECE, BLOCK_N, BLOCK_M)
+    b_ds, b_largest = lifted(b_p * (b_dp - tl.sum(b_dp * b_p, axis=1)[:, None]))
+    weigh(b_ds, b_largest * scale_dq, p_k, p_dq, o_n, stride_km, H * D, N, M, D, PIECE, BLOCK_N, BLOCK_M)
+
+
+def layout(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Strides of images, rows and heads of a `[B, N, H, D]` tensor."""
+    return (0, 0, 0) if tensor is None else tensor.stride()[:3]
+
+
+@torch.library.custom_op("p2pz::guided_attention", mutates_args=())
+def guided_attention_op(
+    q: Tensor, k: Tensor, v: Tensor, q_reference: Tensor, k_reference: Tensor
+) -> tuple[Tensor, Tensor]:
+    q, k, v, q_reference, k_reference = map(unit_stride, (q, k, v, q_reference, k_reference))
+    batch, count, heads, width = q.shape
+    sizes = plan(q, k.shape[1], batch * heads)
+    blocks = triton.cdiv(count, sizes["BLOCK_N"])
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    losses = torch.empty(batch, heads * blocks, dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        guided_forward[blocks, heads, batch](
+            q, k, v, q_reference, k_reference, out, losses,
+            *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference),
+            count, math.log2(math.e) * width**-0.5, heads, **sizes,
+        )  # fmt: skip
+    return out, losses.sum(1)
+
+
+@guided_attention_op.register_fake
+def _(q, k, v, q_reference, k_reference):
+    return q.new_empty(q.shape), q.new_empty(len(q), dtype=torch.float32)
+
+
+@torch.library.custom_op("p2pz::guided_attention_backward", mutates_args=())
+def guided_attention_backward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_reference: Tensor,
+    k_reference: Tensor,
+    dout: Tensor | None,
+    dloss: Tensor | None,
+) -> Tensor:
+    q, k, v, q_reference, k_reference = map(unit_stride, (q, k, v, q_reference, k_reference))
+    dout = None if dout is None else unit_stride(dout)
+    batch, count, heads, width = q.shape
+    sizes = plan(q, k.shape[1], batch * heads)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    with torch.cuda.device_of(q):
+        guided_backward[triton.cdiv(count, sizes["BLOCK_N"]), heads, batch](
+            q, k, v, q_reference, k_reference, dout, dloss, dq,
+            *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference), *layout(dout),
+            0 if dloss is None else dloss.stride(0),
+            count, math.log2(math.e) * width**-0.5, width**-0.5, heads, **sizes,
+        )  # fmt: skip
+    return dq
+
+
+@guided_attention_backward_op.register_fake
+def _(q, k, v, q_reference, k_reference, dout, dloss):
+    return q.new_empty(q.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dout, dloss):
+    wanted = ctx.needs_input_grad[0] and (dout is not None or dloss is not None)
+    dq = guided_attention_backward_op(*ctx.saved_tensors, dout, dloss) if wanted else None
+    return dq, None, None, None, None
+
+
+guided_attention_op.register_autograd(_backward, setup_context=_save)
+
+
+def guided_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_reference: Tensor, k_reference: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Attention output, and the squared distance of its maps from the maps of a reference pass.
+
+    Nothing of the maps' size is stored, neither here nor in the backward pass, which computes them anew.
+
+    Args:
+        q: queries, `[B, N, H, D]`, any float dtype. The only argument that receives a gradient, from both results.
+        k: keys, `[B, M, H, D]`, same dtype.
+        v: values, `[B, M, H, D]`.
+        q_reference: queries of the reference pass, `[B, N, H, D]`.
+        k_reference: keys of the reference pass, `[B, M, H, D]`.
+        backend: `"auto"`, `"torch"` or `"triton"`; the kernel takes M and D up to 256.
+
+    Returns:
+        `softmax(q k^T / sqrt(D)) v`, `[B, N, H, D]` in the dtype of `q`, and the loss of each image, `[B]` float32
+        (float64 for float64 input): squared differences of the maps, summed over positions and tokens and averaged
+        over the heads.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together, an argument other than `q` that requires a
+            gradient, or `backend="triton"` for what the kernel cannot do.
+
+    Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), equation 6.
+    """
+    constants = {"k": k, "v": v, "q_reference": q_reference, "k_reference": k_reference}
+    check_attention(q, **constants)
+    for name, tensor in constants.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires a gradient, but is a constant here: only q has a gradient, detach {name}"
+            )
+    unsupported = None
+    if q.shape[3] > 256:
+        unsupported = f"head size {q.shape[3]}: up to 256 are supported"
+    elif k.shape[1] > 256:
+        unsupported = f"{k.shape[1]} keys: up to 256 are supported"
+    if choose_triton(backend, unsupported, q, *constants.values()):
+        return guided_attention_op(q, k, v, q_reference, k_reference)
+    return guided_attention_reference(q, k, v, q_reference, k_reference)

@@ -1,0 +1,405 @@
+"""Attention in the `[B, N, H, D]` layout without its probability maps, for any number of queries and keys.
+
+The keys are visited tile by tile with a running maximum and sum, so that nothing of size N x M is ever stored. The
+backward pass recomputes the probabilities from the logarithm of each row's sum.
+
+Source: Dao, "FlashAttention-2" (2023), algorithms 1 and 2; here the gradients of q and of k and v come from a kernel
+each, so that the sums have a fixed order and need no atomics.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from p2pz.kernels.cross_attention import short_attention
+from p2pz.kernels.dispatch import check_attention, choose_triton, split_width, tl, triton, unit_stride
+from p2pz.kernels.tiles import dot, load_rows, store_rows
+
+
+FEW_KEYS = 128
+"""Up to so many keys, if there are more queries, one tile holds them all and the softmax needs a single pass."""
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention` by PyTorch's own fused function."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+@triton.jit
+def _forward_kernel(
+    p_q,  # [B, N, H, D]
+    p_k,  # [B, M, H, D]
+    p_v,  # [B, M, H, D]
+    p_out,  # [B, N, H, D], contiguous
+    p_logsum,  # [B, H, N] float32: log2 of the sum over the keys of 2^(scaled score)
+    scale,  # log2(e) / sqrt(D)
+    N,
+    M,
+    stride_qb,
+    stride_qn,
+    stride_kb,
+    stride_km,
+    stride_vb,
+    stride_vm,
+    stride_qh: tl.constexpr,  # constants, since 16 need not divide them
+    stride_kh: tl.constexpr,
+    stride_vh: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    RAGGED: tl.constexpr,  # BLOCK_M does not divide M
+):
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_out += (i_b * N * H + i_h) * D
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    b_q0 = load_rows(p_q, o_n, stride_qn, N, D, 0, D0)  # [BLOCK_N, D0]
+    b_out0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
+    if D1 > 0:
+        b_q1 = load_rows(p_q, o_n, stride_qn, N, D, D0, D1)  # [BLOCK_N, D1]
+        b_out1 = tl.zeros([BLOCK_N, D1], dtype=tl.float32)
+    b_max = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
+
+    for start in range(0, M, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        b_k0 = load_rows(p_k, o_m, stride_km, M, D, 0, D0, RAGGED)  # [BLOCK_M, D0]
+        b_s = dot(b_q0, tl.trans(b_k0), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
+        if D1 > 0:
+            b_k1 = load_rows(p_k, o_m, stride_km, M, D, D0, D1, RAGGED)
+            b_s = dot(b_q1, tl.trans(b_k1), b_s)
+        if RAGGED:
+            b_s = tl.where(o_m[None, :] < M, b_s, float("-inf"))
+
+        b_new_max = tl.maximum(b_max, tl.max(b_s, axis=1) * scale)
+        b_p = tl.exp2(b_s * scale - b_new_max[:, None])  # [BLOCK_N, BLOCK_M]
+        b_shrink = tl.exp2(b_max - b_new_max)
+        b_sum = b_sum * b_shrink + tl.sum(b_p, axis=1)
+        b_max = b_new_max
+
+        b_p = b_p.to(p_v.dtype.element_ty)
+        b_v0 = load_rows(p_v, o_m, stride_vm, M, D, 0, D0, RAGGED)
+        b_out0 = dot(b_p, b_v0, b_out0 * b_shrink[:, None])
+        if D1 > 0:
+            b_v1 = load_rows(p_v, o_m, stride_vm, M, D, D0, D1, RAGGED)
+            b_out1 = dot(b_p, b_v1, b_out1 * b_shrink[:, None])
+
+    b_inverse = 1 / b_sum
+    store_rows(p_out, o_n, H * D, N, D, 0, D0, b_out0 * b_inverse[:, None])
+    if D1 > 0:
+        store_rows(p_out, o_n, H * D, N, D, D0, D1, b_out1 * b_inverse[:, None])
+    tl.store(p_logsum + tl.program_id(1) * N + o_n, b_max + tl.log2(b_sum), mask=o_n < N)
+
+
+@triton.jit
+def _query_gradient_kernel(
+    p_q,  # [B, N, H, D]
+    p_k,  # [B, M, H, D]
+    p_v,  # [B, M, H, D]
+    p_out,  # [B, N, H, D], contiguous
+    p_dout,  # [B, N, H, D]
+    p_logsum,  # [B, H, N] float32
+    p_delta,  # [B, H, N] float32, written: sum of dout * out over D
+    p_dq,  # [B, N, H, D], contiguous, written
+    scale,  # log2(e) / sqrt(D)
+    N,
+    M,
+    stride_qb,
+    stride_qn,
+    stride_kb,
+    stride_km,
+    stride_vb,
+    stride_vm,
+    stride_gb,
+    stride_gn,
+    stride_qh: tl.constexpr,
+    stride_kh: tl.constexpr,
+    stride_vh: tl.constexpr,
+    stride_gh: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_dout += i_b * stride_gb + i_h * stride_gh
+    p_out += (i_b * N * H + i_h) * D
+    p_dq += (i_b * N * H + i_h) * D
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    b_q0 = load_rows(p_q, o_n, stride_qn, N, D, 0, D0)  # [BLOCK_N, D0]
+    b_g0 = load_rows(p_dout, o_n, stride_gn, N, D, 0, D0)
+    b_delta = tl.sum(b_g0.to(tl.float32) * load_rows(p_out, o_n, H * D, N, D, 0, D0), axis=1)
+    b_dq0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
+    if D1 > 0:
+        b_q1 = load_rows(p_q, o_n, stride_qn, N, D, D0, D1)  # [BLOCK_N, D1]
+        b_g1 = load_rows(p_dout, o_n, stride_gn, N, D, D0, D1)
+        b_delta += tl.sum(b_g1.to(tl.float32) * load_rows(p_out, o_n, H * D, N, D, D0, D1), axis=1)
+        b_dq1 = tl.zeros([BLOCK_N, D1], dtype=tl.float32)
+    o_row = tl.program_id(1) * N + o_n
+    tl.store(p_delta + o_row, b_delta, mask=o_n < N)
+    b_logsum = tl.load(p_logsum + o_row, mask=o_n < N, other=0.0)
+
+    for start in range(0, M, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)  # keys beyond M are zero, so whatever dS they get adds nothing to dq
+        b_k0 = load_rows(p_k, o_m, stride_km, M, D, 0, D0, RAGGED)  # [BLOCK_M, D0]
+        b_v0 = load_rows(p_v, o_m, stride_vm, M, D, 0, D0, RAGGED)
+        b_s = dot(b_q0, tl.trans(b_k0), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
+        b_dp = dot(b_g0, tl.trans(b_v0), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
+        if D1 > 0:
+            b_k1 = load_rows(p_k, o_m, stride_km, M, D, D0, D1, RAGGED)
+            b_v1 = load_rows(p_v, o_m, stride_vm, M, D, D0, D1, RAGGED)
+            b_s = dot(b_q1, tl.trans(b_k1), b_s)
+            b_dp = dot(b_g1, tl.trans(b_v1), b_dp)
+        b_p = tl.exp2(b_s * scale - b_logsum[:, None])
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(p_k.dtype.element_ty)  # [BLOCK_N, BLOCK_M]
+        b_dq0 = dot(b_ds, b_k0, b_dq0)
+        if D1 > 0:
+            b_dq1 = dot(b_ds, b_k1, b_dq1)
+
+    scale *= 0.6931471805599453  # ln 2: back to 1 / sqrt(D)
+    store_rows(p_dq, o_n, H * D, N, D, 0, D0, b_dq0 * scale)
+    if D1 > 0:
+        store_rows(p_dq, o_n, H * D, N, D, D0, D1, b_dq1 * scale)
+
+
+@triton.jit
+def _key_gradient_kernel(
+    p_q,  # [B, N, H, D]
+    p_k,  # [B, M, H, D]
+    p_v,  # [B, M, H, D]
+    p_dout,  # [B, N, H, D]
+    p_logsum,  # [B, H, N] float32
+    p_delta,  # [B, H, N] float32
+    p_dk,  # [B, M, H, D], contiguous, written
+    p_dv,  # [B, M, H, D], contiguous, written
+    scale,  # log2(e) / sqrt(D)
+    N,
+    M,
+    stride_qb,
+    stride_qn,
+    stride_kb,
+    stride_km,
+    stride_vb,
+    stride_vm,
+    stride_gb,
+    stride_gn,
+    stride_qh: tl.constexpr,
+    stride_kh: tl.constexpr,
+    stride_vh: tl.constexpr,
+    stride_gh: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    RAGGED: tl.constexpr,  # BLOCK_N does not divide N
+):
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_dout += i_b * stride_gb + i_h * stride_gh
+    p_logsum += tl.program_id(1) * N
+    p_delta += tl.program_id(1) * N
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+
+    b_k0 = load_rows(p_k, o_m, stride_km, M, D, 0, D0)  # [BLOCK_M, D0]
+    b_v0 = load_rows(p_v, o_m, stride_vm, M, D, 0, D0)
+    b_dk0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
+    b_dv0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
+    if D1 > 0:
+        b_k1 = load_rows(p_k, o_m, stride_km, M, D, D0, D1)  # [BLOCK_M, D1]
+        b_v1 = load_rows(p_v, o_m, stride_vm, M, D, D0, D1)
+        b_dk1 = tl.zeros([BLOCK_M, D1], dtype=tl.float32)
+        b_dv1 = tl.zeros([BLOCK_M, D1], dtype=tl.float32)
+
+    for start in range(0, N, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        b_q0 = load_rows(p_q, o_n, stride_qn, N, D, 0, D0, RAGGED)  # [BLOCK_N, D0]
+        b_g0 = load_rows(p_dout, o_n, stride_gn, N, D, 0, D0, RAGGED)
+        b_s = dot(b_k0, tl.trans(b_q0), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
+        if D1 > 0:
+            b_q1 = load_rows(p_q, o_n, stride_qn, N, D, D0, D1, RAGGED)
+            b_g1 = load_rows(p_dout, o_n, stride_gn, N, D, D0, D1, RAGGED)
+            b_s = dot(b_k1, tl.trans(b_q1), b_s)
+        # Rows beyond N get probability zero.
+        b_logsum = tl.load(p_logsum + o_n, mask=o_n < N, other=float("inf"))
+        b_delta = tl.load(p_delta + o_n, mask=o_n < N, other=0.0)
+        b_p = tl.exp2(b_s * scale - b_logsum[None, :])  # [BLOCK_M, BLOCK_N]
+
+        b_p_low = b_p.to(p_q.dtype.element_ty)
+        b_dv0 = dot(b_p_low, b_g0, b_dv0)
+        b_dp = dot(b_v0, tl.trans(b_g0), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
+        if D1 > 0:
+            b_dv1 = dot(b_p_low, b_g1, b_dv1)
+            b_dp = dot(b_v1, tl.trans(b_g1), b_dp)
+        b_ds = (b_p * (b_dp - b_delta[None, :])).to(p_q.dtype.element_ty)
+        b_dk0 = dot(b_ds, b_q0, b_dk0)
+        if D1 > 0:
+            b_dk1 = dot(b_ds, b_q1, b_dk1)
+
+    scale *= 0.6931471805599453  # ln 2: back to 1 / sqrt(D)
+    p_dk += (i_b * M * H + i_h) * D
+    p_dv += (i_b * M * H + i_h) * D
+    store_rows(p_dk, o_m, H * D, M, D, 0, D0, b_dk0 * scale)
+    store_rows(p_dv, o_m, H * D, M, D, 0, D0, b_dv0)
+    if D1 > 0:
+        store_rows(p_dk, o_m, H * D, M, D, D0, D1, b_dk1 * scale)
+        store_rows(p_dv, o_m, H * D, M, D, D0, D1, b_dv1)
+
+
+# Head size up to ... : (BLOCK_N, BLOCK_M, warps, stages), found on an H200.
+_TILES = {
+    "forward": {
+        48: (128, 64, 4, 3), 64: (64, 128, 4, 2), 128: (64, 64, 4, 3), 160: (64, 64, 4, 3), 256: (64, 32, 4, 2),
+    },
+    "query_gradient": {
+        48: (128, 64, 8, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 160: (64, 64, 4, 2), 256: (32, 32, 4, 2),
+    },
+    "key_gradient": {
+        48: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (64, 128, 8, 3), 160: (64, 32, 4, 2), 256: (32, 32, 4, 2),
+    },
+}  # fmt: skip
+_FLOAT32_TILES = {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 2)}
+
+
+def _tiles(kernel: str, q: Tensor) -> tuple[int, int, int, int]:
+    """Tile sizes, warps and stages."""
+    table = _FLOAT32_TILES if q.dtype == torch.float32 else _TILES[kernel]
+    return next(tiles for width, tiles in table.items() if q.shape[-1] <= width)
+
+
+def _parts(q: Tensor) -> dict[str, int]:
+    """The head size and its two parts."""
+    d0, d1 = split_width(q.shape[-1], q.element_size())
+    return {"D": q.shape[-1], "D0": d0, "D1": d1}
+
+
+def _layout(**tensors: Tensor) -> dict[str, int]:
+    """Strides of `[B, N, H, D]` tensors as keyword arguments of a kernel."""
+    strides = {}
+    for name, tensor in tensors.items():
+        rows = "m" if name in "kv" else "n"
+        strides |= {f"stride_{name}b": tensor.stride(0), f"stride_{name}{rows}": tensor.stride(1)}
+        strides[f"stride_{name}h"] = tensor.stride(2)
+    return strides
+
+
+@torch.library.custom_op("p2pz::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output `[B, N, H, D]` and the logarithms of the rows' sums `[B, H, N]`."""
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    batch, count, heads, width = q.shape
+    keys = k.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    logsum = torch.empty(batch, heads, count, dtype=torch.float32, device=q.device)
+    block_n, block_m, warps, stages = _tiles("forward", q)
+    _forward_kernel[triton.cdiv(count, block_n), batch * heads](
+        q, k, v, out, logsum, math.log2(math.e) / math.sqrt(width), count, keys, **_layout(q=q, k=k, v=v),
+        H=heads, **_parts(q), BLOCK_N=block_n, BLOCK_M=block_m, RAGGED=keys % block_m != 0,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, logsum
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    logsum = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    return q.new_empty(q.shape), logsum
+
+
+@torch.library.custom_op("p2pz::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsum: Tensor, with_keys: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to q, k and v; those to k and v are empty unless `with_keys`."""
+    q, k, v, dout = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(dout)
+    batch, count, heads, width = q.shape
+    keys = k.shape[1]
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty(k.shape if with_keys else 0, dtype=q.dtype, device=q.device) for _ in range(2))
+    delta = torch.empty_like(logsum)
+    common = _layout(q=q, k=k, v=v, g=dout) | _parts(q) | {"H": heads}
+    scale = math.log2(math.e) / math.sqrt(width)
+
+    block_n, block_m, warps, stages = _tiles("query_gradient", q)
+    _query_gradient_kernel[triton.cdiv(count, block_n), batch * heads](
+        q, k, v, out, dout, logsum, delta, dq, scale, count, keys, **common,
+        BLOCK_N=block_n, BLOCK_M=block_m, RAGGED=keys % block_m != 0, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    if with_keys:
+        block_n, block_m, warps, stages = _tiles("key_gradient", q)
+        _key_gradient_kernel[triton.cdiv(keys, block_m), batch * heads](
+            q, k, v, dout, logsum, delta, dk, dv, scale, count, keys, **common,
+            BLOCK_N=block_n, BLOCK_M=block_m, RAGGED=count % block_n != 0, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsum: Tensor, with_keys: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), *(q.new_empty(k.shape if with_keys else 0) for _ in range(2))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx, dout: Tensor | None, _):
+    if dout is None:
+        return None, None, None
+    with_keys = any(ctx.needs_input_grad[1:])
+    dq, dk, dv = _attention_backward(dout, *ctx.saved_tensors, with_keys)
+    return tuple(g if needed else None for g, needed in zip((dq, dk, dv), ctx.needs_input_grad, strict=True))
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
+    """Attention output, `softmax(q k^T / sqrt(D)) v`, without keeping the maps.
+
+    Differentiable with respect to q, k and v. Nothing of size N x M is stored in either direction.
+
+    Args:
+        q: queries, `[B, N, H, D]`. Any strides; the projections' own layout is read in place.
+        k: keys, `[B, M, H, D]`, dtype of `q`.
+        v: values, `[B, M, H, D]`, dtype of `q`.
+        backend: `"torch"`, `"triton"` (CUDA; float16, bfloat16 or float32; D up to 256), or `"auto"`: Triton where it
+            can, else torch.
+
+    Returns:
+        `[B, N, H, D]`, dtype of `q`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or the backend cannot take them.
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1.
+    """
+    check_attention(q, k=k, v=v)
+    unsupported = f"head size {q.shape[-1]}: up to 256 are supported" if q.shape[-1] > 256 else None
+    if choose_triton(backend, unsupported, q, k, v):
+        if k.shape[1] <= FEW_KEYS and k.shape[1] < q.shape[1]:
+            return short_attention(q, k, v)
+        return _attention(q, k, v)[0]
+    return attention_reference(q, k, v)
