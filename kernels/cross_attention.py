@@ -426,11 +426,37 @@ def _query_gradient_fake(q, k, v, dout, dmaps, tokens):
     return q.new_empty(q.shape)
 
 
+def _fits_key_gradient(q: Tensor, keys: int) -> bool:
+    """Whether a head's keys and values fit the shared memory, where the compiler keeps them all through its loop."""
+    half = q.element_size() == 2
+    return (keys <= 128 and q.shape[3] <= (256 if half else 96)) or (half and q.shape[3] <= 128)
+
+
+def _key_gradient_reference(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, dmaps: Tensor | None, tokens: Tensor | None, values: bool
+) -> Tensor:
+    """`_key_gradient` through the whole maps."""
+    maps = attention_probabilities(q, k)
+    if values:
+        return torch.einsum("bhnm,bnhd->bmhd", maps, dout.to(maps.dtype)).to(k.dtype)
+    slopes = torch.zeros_like(maps)
+    if dmaps is not None:
+        dmaps = dmaps.to(maps.dtype) if dmaps.ndim == 4 else dmaps.to(maps.dtype)[:, None] / q.shape[2]
+        dmaps = dmaps.expand(*maps.shape[:3], dmaps.shape[-1])
+        slopes = dmaps if tokens is None else slopes.index_add(-1, tokens, dmaps)
+    if dout is not None:
+        slopes = slopes + torch.einsum("bnhd,bmhd->bhnm", dout.to(maps.dtype), v.to(maps.dtype))
+    slopes = maps * (slopes - (maps * slopes).sum(-1, keepdim=True)) * q.shape[3] ** -0.5
+    return torch.einsum("bhnm,bnhd->bmhd", slopes, q.to(maps.dtype)).to(k.dtype)
+
+
 @torch.library.custom_op("p2pz::cross_attention_key_gradient", mutates_args=())
 def _key_gradient(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, dmaps: Tensor | None, tokens: Tensor | None, values: bool
 ) -> Tensor:
     """Gradient of the keys or, with `values`, of the values."""
+    if not _fits_key_gradient(q, k.shape[1]):
+        return _key_gradient_reference(q, k, v, dout, dmaps, tokens, values)
     tensors, named = _gradient_inputs(q, k, v, dout, dmaps, tokens)
     batch, count, heads, width = q.shape
     block_d = 128 // q.element_size()
@@ -522,6 +548,8 @@ def attention_with_maps(
     """Attention output together with its maps, the probabilities `softmax(q k^T / sqrt(D))`, in one pass.
 
     Both are differentiable with respect to `q`, `k` and `v` (once: there are no second derivatives of the kernel).
+    The gradients of k and v hold the whole maps in memory for more than 128 keys with D > 128, and in float32 for more
+    than 128 keys or D > 96; that of q never does.
 
     Args:
         q: queries, `[B, N, H, D]`, float16, bfloat16, float32 or (reference only) float64.

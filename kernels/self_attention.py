@@ -17,7 +17,6 @@ from p2pz.kernels.cross_attention import short_attention
 from p2pz.kernels.dispatch import check_attention, choose_triton, split_width, tl, triton, unit_stride
 from p2pz.kernels.tiles import dot, load_rows, store_rows
 
-
 FEW_KEYS = 128
 """Up to so many keys, if there are more queries, one tile holds them all and the softmax needs a single pass."""
 
