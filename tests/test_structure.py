@@ -13,6 +13,12 @@ LAYERS = {  # a module may import from its own package only modules of lower lay
 }  # fmt: skip
 
 
+KERNEL_LAYERS = {
+    "dispatch": 0, "tiles": 1, "gating": 1, "norms": 1, "regulariser": 1, "cross_attention": 2, "self_attention": 3,
+    "map_guidance": 3, "map_editing": 4, "__init__": 5,
+}  # fmt: skip
+
+
 def imported(path):
     """Names of all modules that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -29,6 +35,12 @@ def test_the_product_imports_downwards_and_never_diffusers(path):
     assert not {name for name in names if name.split(".")[0] in ("diffusers", "bench", "tests")}
     inner = {name.split(".")[1] for name in names if name.startswith("p2pz.")} & LAYERS.keys()
     assert {name for name in inner if LAYERS[name] >= LAYERS[path.stem]} == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
+def test_kernels_import_downwards(path):
+    inner = {name.split(".")[2] for name in imported(path) if name.startswith("p2pz.kernels.")} & KERNEL_LAYERS.keys()
+    assert {name for name in inner if KERNEL_LAYERS[name] >= KERNEL_LAYERS[path.stem]} == set()
 
 
 @pytest.mark.parametrize("folder", ["kernels", "weights"])
