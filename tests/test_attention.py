@@ -1,9 +1,11 @@
+import copy
 import math
 
 import pytest
 import torch
 
 from p2pz.attention import attend, guide_cross_attention, keep_queries_and_keys, record_cross_attention
+from p2pz.kernels import cross_attention, map_guidance, self_attention
 from p2pz.kernels.cross_attention import attend_with_probabilities, attention_probabilities
 from p2pz.kernels.self_attention import attention
 from p2pz.unet import Attention
@@ -211,6 +213,23 @@ def test_comparison_leaves_the_output_alone(unet_pair, assert_close):
     args = inputs(unet)
     reference = {path: (-q, k) for path, (q, k) in kept(unet, *args).items()}
     assert_close(unet(*args, attend=guide_cross_attention(reference, [])), unet(*args))
+
+
+@pytest.mark.parametrize("name", ["mini", "sd2"])
+def test_kernels_inside_the_unet(name, unet_pair, assert_close, device, monkeypatch):
+    """Output, losses and gradient through the Triton kernels equal those through the references."""
+    unet = copy.deepcopy(unet_pair(name)[0]).to(device, memory_format=torch.channels_last)
+    args = [x[:1].to(device) for x in inputs(unet, size=(8, 6))]
+    other = torch.randn_like(args[2])
+    results = []
+    for chosen in (False, True):
+        for module in (cross_attention, map_guidance, self_attention):
+            monkeypatch.setattr(module, "choose_triton", lambda *_, chosen=chosen: chosen)
+        maps = {}
+        output = unet(*args, attend=record_cross_attention(maps))
+        results.append([output, *maps.values(), *losses_and_gradient(unet, kept(unet, *args), *args[:2], other)])
+    for by_reference, by_kernel in zip(*results, strict=True):
+        assert_close(by_kernel, by_reference, 1e-4)
 
 
 def test_attention_layers_hold_no_state(unet_pair):
