@@ -18,23 +18,25 @@ def group_norm_reference(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *,
     silu: bool = False, shift: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """`x + shift + residual`, its group norm, SiLU of that; in the dtype of `x` with float32 statistics."""
+    """`x + shift + residual`, its group norm, SiLU of that; in the dtype of `x`, or of the weights if that is wider."""
     if shift is not None:
         x = x + shift.to(x.dtype)[..., None, None]
     if residual is not None:
         x = x + residual
-    y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
-    y = F.silu(y) if silu else y
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    y = F.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
+    y = (F.silu(y) if silu else y).to(x.dtype)
     return y if residual is None else (y, x)
 
 
 def layer_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`x + residual` and its layer norm over the last axis, in the dtype of `x`."""
+    """`x + residual` and its layer norm over the last axis, in the dtype of `x`, or of the weights if that is wider."""
     if residual is not None:
         x = x + residual
-    y = F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    y = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
     return y if residual is None else (y, x)
 
 

@@ -4,6 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from p2pz.kernels import group_norm
+
+
+def group_normed(norm: nn.GroupNorm, x: Tensor, *, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+    """Group norm of `x [B, C, h, w]` plus `shift [B, C]`, and SiLU of that, in one kernel where there is one."""
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, shift=shift)
+
 
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions with group norm and SiLU, plus the input.
@@ -26,10 +33,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """`[B, in_channels, h, w]` and, if the block was built for it, `[B, time_channels]`."""
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        if self.time_emb_proj is not None:
-            hidden = hidden + self.time_emb_proj(F.silu(time_embedding))[:, :, None, None]
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        hidden = self.conv1(group_normed(self.norm1, x, silu=True))
+        shift = None if self.time_emb_proj is None else self.time_emb_proj(F.silu(time_embedding))
+        hidden = self.conv2(group_normed(self.norm2, hidden, silu=True, shift=shift))
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p2pz.attention import Attend, Site, attend
-from p2pz.layers import Downsample, ResnetBlock, Upsample, pointwise, timestep_embedding, to_map, to_tokens
+from p2pz.kernels import geglu, layer_norm
+from p2pz.layers import (
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    group_normed,
+    pointwise,
+    timestep_embedding,
+    to_map,
+    to_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -175,8 +185,7 @@ class GEGLU(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`[B, N, channels]` to `[B, N, inner]`."""
-        value, gate = self.proj(tokens).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(tokens))
 
 
 class FeedForward(nn.Module):
@@ -205,10 +214,12 @@ class TransformerBlock(nn.Module):
 
     def forward(self, tokens: Tensor, context: Tensor, size: tuple[int, int], attend: Attend) -> Tensor:
         """`[B, N, C]` to `[B, N, C]`."""
-        normed = self.norm1(tokens)
-        tokens = tokens + self.attn1(normed, normed, size, attend)
-        tokens = tokens + self.attn2(self.norm2(tokens), context, size, attend)
-        return tokens + self.ff(self.norm3(tokens))
+        normed = layer_norm(tokens, self.norm1.weight, self.norm1.bias)
+        attended = self.attn1(normed, normed, size, attend)
+        normed, tokens = layer_norm(attended, self.norm2.weight, self.norm2.bias, residual=tokens)
+        attended = self.attn2(normed, context, size, attend)
+        normed, tokens = layer_norm(attended, self.norm3.weight, self.norm3.bias, residual=tokens)
+        return tokens + self.ff(normed)
 
 
 class SpatialTransformer(nn.Module):
@@ -226,7 +237,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor, attend: Attend) -> Tensor:
         """`[B, C, h, w]` to the same shape."""
         height, width = x.shape[2:]
-        tokens = pointwise(self.proj_in, to_tokens(self.norm(x)))
+        tokens = pointwise(self.proj_in, to_tokens(group_normed(self.norm, x)))
         tokens = self.transformer_blocks[0](tokens, context, (height, width), attend)
         return x + to_map(pointwise(self.proj_out, tokens), height, width)
 
@@ -368,4 +379,4 @@ class UNet(nn.Module):
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, tuple(skips[-1].shape[2:]))
 
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(group_normed(self.conv_norm_out, x, silu=True))

@@ -3,11 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2pz.kernels.self_attention import attention
-from p2pz.layers import Downsample, ResnetBlock, Upsample, to_map, to_tokens
+from p2pz.kernels import attention
+from p2pz.layers import Downsample, ResnetBlock, Upsample, group_normed, to_map, to_tokens
 
 _EPS = 1e-6  # of every group norm of the VAE; the UNet's residual blocks use 1e-5
 
@@ -107,7 +106,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, h, w]` to the same shape."""
-        tokens = to_tokens(self.group_norm(x))
+        tokens = to_tokens(group_normed(self.group_norm, x))
         q, k, v = (projection(tokens).unsqueeze(2) for projection in (self.to_q, self.to_k, self.to_v))
         return x + to_map(self.to_out[0](attention(q, k, v).squeeze(2)), *x.shape[2:])
 
@@ -165,7 +164,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(group_normed(self.conv_norm_out, self.mid_block(x), silu=True))
 
 
 class Decoder(nn.Module):
@@ -189,7 +188,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(group_normed(self.conv_norm_out, x, silu=True))
 
 
 class VAE(nn.Module):

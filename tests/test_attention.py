@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from p2pz.attention import attend, guide_cross_attention, keep_queries_and_keys, record_cross_attention
-from p2pz.kernels import cross_attention, map_guidance, self_attention
+from p2pz.kernels import cross_attention, gating, map_guidance, norms, self_attention
 from p2pz.kernels.cross_attention import attend_with_probabilities, attention_probabilities
 from p2pz.kernels.self_attention import attention
 from p2pz.unet import Attention
@@ -223,7 +223,7 @@ def test_kernels_inside_the_unet(name, unet_pair, assert_close, device, monkeypa
     other = torch.randn_like(args[2])
     results = []
     for chosen in (False, True):
-        for module in (cross_attention, map_guidance, self_attention):
+        for module in (cross_attention, gating, map_guidance, norms, self_attention):
             monkeypatch.setattr(module, "choose_triton", lambda *_, chosen=chosen: chosen)
         maps = {}
         output = unet(*args, attend=record_cross_attention(maps))
