@@ -1,16 +1,22 @@
 """Attention in the `[B, N, H, D]` layout that also gives its probability maps, in one pass over at most 256 keys."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from p2pz.kernels.dispatch import KERNEL_DTYPES, check_attention, choose_triton, tl, triton, unit_stride
+from p2pz.kernels.dispatch import (
+    KERNEL_DTYPES,
+    check_attention,
+    choose_triton,
+    library_op,
+    score_scale,
+    tl,
+    too_large,
+    triton,
+    unit_stride,
+)
 from p2pz.kernels.tiles import BUSY, dot, lifted, plan, probabilities, product, store_rows, weigh
-
-MOST_KEYS = 256
-MOST_WIDTH = 256
 
 
 def attention_probabilities(q: Tensor, k: Tensor) -> Tensor:
@@ -333,10 +339,6 @@ def _key_gradient_kernel(
     tl.store(p_sums + o_m[:, None] * (H * D) + o_d[None, :], b_sum.to(p_sums.dtype.element_ty), mask=mask)
 
 
-def _scale(q: Tensor) -> float:
-    return math.log2(math.e) / math.sqrt(q.shape[3])
-
-
 def _columns_of(tokens: Tensor | None, k: Tensor) -> dict[str, int]:
     """Arguments about the columns of the maps."""
     if tokens is None:
@@ -344,7 +346,7 @@ def _columns_of(tokens: Tensor | None, k: Tensor) -> dict[str, int]:
     return {"T": len(tokens), "BLOCK_T": triton.next_power_of_2(len(tokens))}
 
 
-@torch.library.custom_op("p2pz::cross_attention", mutates_args=())
+@library_op("p2pz::cross_attention")
 def _cross_attention(
     q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, maps: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -356,27 +358,26 @@ def _cross_attention(
     if maps == "mean" and q.element_size() == 2 and q.shape[3] <= 64 and tiles["BLOCK_M"] <= 128:
         tiles["num_stages"] = 2  # where there is room, a head's tiles are loaded while the one before is computed
     grid = (1 if maps == "mean" else heads, triton.cdiv(count, tiles["BLOCK_N"]), batch)
-    with torch.cuda.device_of(q):
-        _forward_kernel[grid](
-            q,
-            k,
-            v,
-            out,
-            None if maps == "none" else probabilities,
-            tokens,
-            _scale(q),
-            *q.stride()[:2],
-            *k.stride()[:2],
-            *v.stride()[:2],
-            count,
-            heads,
-            STRIDE_QH=q.stride(2),
-            STRIDE_KH=k.stride(2),
-            STRIDE_VH=v.stride(2),
-            MEAN=maps == "mean",
-            **_columns_of(tokens, k),
-            **tiles,
-        )
+    _forward_kernel[grid](
+        q,
+        k,
+        v,
+        out,
+        None if maps == "none" else probabilities,
+        tokens,
+        score_scale(q),
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        count,
+        heads,
+        STRIDE_QH=q.stride(2),
+        STRIDE_KH=k.stride(2),
+        STRIDE_VH=v.stride(2),
+        MEAN=maps == "mean",
+        **_columns_of(tokens, k),
+        **tiles,
+    )
     return out, probabilities
 
 
@@ -394,7 +395,7 @@ def _gradient_inputs(
     """What both gradient kernels take: their first six arguments, and others by name."""
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     dout = None if dout is None else unit_stride(dout)
-    named = {"scale": _scale(q), "N": q.shape[1], "H": q.shape[2], **_columns_of(tokens, k)}
+    named = {"scale": score_scale(q), "N": q.shape[1], "H": q.shape[2], **_columns_of(tokens, k)}
     for names, tensor in (("qn", q), ("km", k), ("vm", v), ("on", dout)):
         strides = (0, 0, 0) if tensor is None else tensor.stride()
         named[f"stride_{names[0]}b"], named[f"stride_{names}"], named[f"STRIDE_{names[0].upper()}H"] = strides[:3]
@@ -408,7 +409,7 @@ def _gradient_inputs(
     return [q, k, v, dout, dmaps, tokens], {**named, "share": share}
 
 
-@torch.library.custom_op("p2pz::cross_attention_query_gradient", mutates_args=())
+@library_op("p2pz::cross_attention_query_gradient")
 def _query_gradient(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, dmaps: Tensor | None, tokens: Tensor | None
 ) -> Tensor:
@@ -416,8 +417,7 @@ def _query_gradient(
     dq = _query_gradient_fake(*tensors)
     batch, count, heads, _ = q.shape
     tiles = plan(q, k.shape[1], batch * heads)
-    with torch.cuda.device_of(q):
-        _query_gradient_kernel[(heads, triton.cdiv(count, tiles["BLOCK_N"]), batch)](*tensors, dq, **named, **tiles)
+    _query_gradient_kernel[(heads, triton.cdiv(count, tiles["BLOCK_N"]), batch)](*tensors, dq, **named, **tiles)
     return dq
 
 
@@ -450,7 +450,7 @@ def _key_gradient_reference(
     return torch.einsum("bhnm,bnhd->bmhd", slopes, q.to(maps.dtype)).to(k.dtype)
 
 
-@torch.library.custom_op("p2pz::cross_attention_key_gradient", mutates_args=())
+@library_op("p2pz::cross_attention_key_gradient")
 def _key_gradient(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, dmaps: Tensor | None, tokens: Tensor | None, values: bool
 ) -> Tensor:
@@ -466,10 +466,9 @@ def _key_gradient(
     chunk = triton.cdiv(blocks, chunks) * tiles["BLOCK_N"]
     chunks = triton.cdiv(count, chunk)
     sums = k.new_empty((chunks, *k.shape), dtype=k.dtype if chunks == 1 else torch.float32)
-    with torch.cuda.device_of(q):
-        _key_gradient_kernel[(chunks * parts, heads, batch)](
-            *tensors, sums, B=batch, chunk=chunk, VALUES=values, BLOCK_D=block_d, **named, **tiles
-        )
+    _key_gradient_kernel[(chunks * parts, heads, batch)](
+        *tensors, sums, B=batch, chunk=chunk, VALUES=values, BLOCK_D=block_d, **named, **tiles
+    )
     return sums[0] if chunks == 1 else sums.sum(0).to(k.dtype)
 
 
@@ -575,12 +574,8 @@ def attention_with_maps(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a float dtype, not {dtype}")
     tokens = _check_tokens(tokens, k.shape[1], q.device)
-    unsupported = None
-    if q.shape[3] > MOST_WIDTH:
-        unsupported = f"head size {q.shape[3]}: up to {MOST_WIDTH} are supported"
-    elif k.shape[1] > MOST_KEYS:
-        unsupported = f"{k.shape[1]} keys: up to {MOST_KEYS} are supported"
-    elif dtype not in KERNEL_DTYPES:
+    unsupported = too_large(q.shape[3], k.shape[1])
+    if not unsupported and dtype not in KERNEL_DTYPES:
         unsupported = f"maps in {dtype} are not supported: float16, bfloat16 and float32 are"
     if choose_triton(backend, unsupported, q, k, v):
         return _cross_attention(q, k, v, tokens, "mean" if head_mean else "heads", dtype)

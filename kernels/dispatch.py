@@ -1,6 +1,9 @@
 """What happens before a launch: arguments are checked, and the torch reference or the Triton kernel is chosen."""
 
+import functools
+import math
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -54,6 +57,23 @@ def choose_triton(backend: str, unsupported: str | None, *tensors: Tensor) -> bo
     return backend == "triton" or (on_gpu and not unsupported)
 
 
+def library_op(name: str) -> Callable:
+    """Decorator: register a launcher, which changes none of its arguments, as a library op.
+
+    Triton launches on the current GPU, so the op makes that of its first tensor the current one.
+    """
+
+    def register(launcher: Callable) -> Callable:
+        @functools.wraps(launcher)
+        def on_its_gpu(*args):
+            with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+                return launcher(*args)
+
+        return torch.library.custom_op(name, on_its_gpu, mutates_args=())
+
+    return register
+
+
 def check_attention(q: Tensor, **keys: Tensor) -> None:
     """Check the shapes and dtypes of attention inputs.
 
@@ -81,6 +101,18 @@ def check_attention(q: Tensor, **keys: Tensor) -> None:
             raise ValueError(
                 f"{name} is {tensor.dtype} on {tensor.device}, but q is {q.dtype} on {q.device}: they must agree"
             )
+
+
+def too_large(width: int, keys: int = 0, most_keys: str = "256") -> str | None:
+    """Why attention kernels cannot take a head size and a number of keys, or None. `most_keys` may end in a reason."""
+    if width > 256:
+        return f"head size {width}: up to 256 are supported"
+    return f"{keys} keys: up to {most_keys} are supported" if keys > int(most_keys.split()[0]) else None
+
+
+def score_scale(q: Tensor) -> float:
+    """`log2(e) / sqrt(D)`: scaled by it, scores are exponents of 2."""
+    return math.log2(math.e) / math.sqrt(q.shape[3])
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

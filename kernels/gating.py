@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.dispatch import choose_triton, tl, triton, unit_stride
+from p2pz.kernels.dispatch import choose_triton, library_op, tl, triton, unit_stride
 
 TILE = (1, 512, 2)
 """Rows, columns and warps of a tile: 16 values and 16 gates per thread. 256 divides every inner width of SD."""
@@ -104,7 +104,7 @@ def _geglu_backward_kernel(
     tl.store(p_dx + o_dx + inner, b_dgate.to(p_dx.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("p2pz::geglu", mutates_args=())
+@library_op("p2pz::geglu")
 def _geglu(x: Tensor, bias: Tensor | None, tile: list[int]) -> Tensor:
     """`tile` overrides `TILE` unless it is empty."""
     inner = x.shape[-1] // 2
@@ -124,7 +124,7 @@ def _(x, bias, tile):
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@torch.library.custom_op("p2pz::geglu_backward", mutates_args=())
+@library_op("p2pz::geglu_backward")
 def _geglu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tile: list[int]) -> Tensor:
     inner = x.shape[-1] // 2
     x_rows, dy_rows = unit_stride(x.reshape(-1, 2 * inner)), unit_stride(dy.reshape(-1, inner))

@@ -1,12 +1,19 @@
 """Cross-attention through the maps of a reference pass, edited on the way: prompt-to-prompt without stored maps."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from p2pz.kernels.cross_attention import attend_with_probabilities, attention_probabilities
-from p2pz.kernels.dispatch import check_attention, choose_triton, tl, triton, unit_stride
+from p2pz.kernels.dispatch import (
+    check_attention,
+    choose_triton,
+    library_op,
+    score_scale,
+    tl,
+    too_large,
+    triton,
+    unit_stride,
+)
 from p2pz.kernels.map_guidance import layout
 from p2pz.kernels.tiles import dot, load_rows, plan, probabilities, weigh
 
@@ -104,7 +111,7 @@ def _image_stride(tensor: Tensor | None, axes: int) -> int:
     return 0 if tensor is None or tensor.ndim < axes else tensor.stride(0)
 
 
-@torch.library.custom_op("p2pz::edited_attention", mutates_args=())
+@library_op("p2pz::edited_attention")
 def edited_attention_op(
     q: Tensor,
     k: Tensor,
@@ -117,18 +124,17 @@ def edited_attention_op(
 ) -> Tensor:
     q, k, v, q_reference, k_reference = map(unit_stride, (q, k, v, q_reference, k_reference))
     mapping, mix, weights = (None if x is None else unit_stride(x) for x in (mapping, mix, weights))
-    batch, count, heads, width = q.shape
+    batch, count, heads, _ = q.shape
     keys, reference_keys = k.shape[1], k_reference.shape[1]
     sizes = plan(q, max(keys, reference_keys), batch * heads) | {"M": keys, "R": reference_keys}
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    with torch.cuda.device_of(q):
-        edited_forward[triton.cdiv(count, sizes["BLOCK_N"]), heads, batch](
-            q, k, v, q_reference, k_reference, mapping, mix, weights, out,
-            *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference),
-            _image_stride(mapping, 3), 0 if mapping is None else mapping.stride(-2),
-            _image_stride(mix, 2), _image_stride(weights, 2),
-            count, math.log2(math.e) * width**-0.5, heads, **sizes,
-        )  # fmt: skip
+    edited_forward[triton.cdiv(count, sizes["BLOCK_N"]), heads, batch](
+        q, k, v, q_reference, k_reference, mapping, mix, weights, out,
+        *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference),
+        _image_stride(mapping, 3), 0 if mapping is None else mapping.stride(-2),
+        _image_stride(mix, 2), _image_stride(weights, 2),
+        count, score_scale(q), heads, **sizes,
+    )  # fmt: skip
     return out
 
 
@@ -243,12 +249,7 @@ def edited_attention(
     _check_factors(q, {"mapping": [reference_keys, keys], "mix": [keys], "weights": [keys]}, factors)
     if mapping is None and keys != reference_keys:
         raise ValueError(f"mapping must be given: k_reference has {reference_keys} tokens, but k has {keys}")
-    unsupported = None
-    if q.shape[3] > 256:
-        unsupported = f"head size {q.shape[3]}: up to 256 are supported"
-    elif max(keys, reference_keys) > (256 if mapping is None else 128):
-        limit = "256 are" if mapping is None else "128 with a mapping are"
-        unsupported = f"{max(keys, reference_keys)} keys: up to {limit} supported"
+    unsupported = too_large(q.shape[3], max(keys, reference_keys), "256" if mapping is None else "128 with a mapping")
     if choose_triton(backend, unsupported, q, k, v, q_reference, k_reference):
         factors = (x.float() if x is not None and x.dtype == torch.float64 else x for x in (mapping, mix, weights))
         return edited_attention_op(q, k, v, q_reference, k_reference, *factors)

@@ -1,12 +1,19 @@
 """Cross-attention that also says how far its maps are from reference maps, without storing either."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from p2pz.kernels.cross_attention import attend_with_probabilities, attention_probabilities
-from p2pz.kernels.dispatch import check_attention, choose_triton, tl, triton, unit_stride
+from p2pz.kernels.dispatch import (
+    check_attention,
+    choose_triton,
+    library_op,
+    score_scale,
+    tl,
+    too_large,
+    triton,
+    unit_stride,
+)
 from p2pz.kernels.tiles import lifted, plan, probabilities, product, weigh
 
 
@@ -125,22 +132,21 @@ def layout(tensor: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if tensor is None else tensor.stride()[:3]
 
 
-@torch.library.custom_op("p2pz::guided_attention", mutates_args=())
+@library_op("p2pz::guided_attention")
 def guided_attention_op(
     q: Tensor, k: Tensor, v: Tensor, q_reference: Tensor, k_reference: Tensor
 ) -> tuple[Tensor, Tensor]:
     q, k, v, q_reference, k_reference = map(unit_stride, (q, k, v, q_reference, k_reference))
-    batch, count, heads, width = q.shape
+    batch, count, heads, _ = q.shape
     sizes = plan(q, k.shape[1], batch * heads)
     blocks = triton.cdiv(count, sizes["BLOCK_N"])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     losses = torch.empty(batch, heads * blocks, dtype=torch.float32, device=q.device)
-    with torch.cuda.device_of(q):
-        guided_forward[blocks, heads, batch](
-            q, k, v, q_reference, k_reference, out, losses,
-            *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference),
-            count, math.log2(math.e) * width**-0.5, heads, **sizes,
-        )  # fmt: skip
+    guided_forward[blocks, heads, batch](
+        q, k, v, q_reference, k_reference, out, losses,
+        *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference),
+        count, score_scale(q), heads, **sizes,
+    )  # fmt: skip
     return out, losses.sum(1)
 
 
@@ -149,7 +155,7 @@ def _(q, k, v, q_reference, k_reference):
     return q.new_empty(q.shape), q.new_empty(len(q), dtype=torch.float32)
 
 
-@torch.library.custom_op("p2pz::guided_attention_backward", mutates_args=())
+@library_op("p2pz::guided_attention_backward")
 def guided_attention_backward_op(
     q: Tensor,
     k: Tensor,
@@ -164,13 +170,12 @@ def guided_attention_backward_op(
     batch, count, heads, width = q.shape
     sizes = plan(q, k.shape[1], batch * heads)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    with torch.cuda.device_of(q):
-        guided_backward[triton.cdiv(count, sizes["BLOCK_N"]), heads, batch](
-            q, k, v, q_reference, k_reference, dout, dloss, dq,
-            *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference), *layout(dout),
-            0 if dloss is None else dloss.stride(0),
-            count, math.log2(math.e) * width**-0.5, width**-0.5, heads, **sizes,
-        )  # fmt: skip
+    guided_backward[triton.cdiv(count, sizes["BLOCK_N"]), heads, batch](
+        q, k, v, q_reference, k_reference, dout, dloss, dq,
+        *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference), *layout(dout),
+        0 if dloss is None else dloss.stride(0),
+        count, score_scale(q), width**-0.5, heads, **sizes,
+    )  # fmt: skip
     return dq
 
 
@@ -226,11 +231,6 @@ def guided_attention(
             raise ValueError(
                 f"{name} requires a gradient, but is a constant here: only q has a gradient, detach {name}"
             )
-    unsupported = None
-    if q.shape[3] > 256:
-        unsupported = f"head size {q.shape[3]}: up to 256 are supported"
-    elif k.shape[1] > 256:
-        unsupported = f"{k.shape[1]} keys: up to 256 are supported"
-    if choose_triton(backend, unsupported, q, *constants.values()):
+    if choose_triton(backend, too_large(q.shape[3], k.shape[1]), q, *constants.values()):
         return guided_attention_op(q, k, v, q_reference, k_reference)
     return guided_attention_reference(q, k, v, q_reference, k_reference)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.dispatch import choose_triton, tl, triton, unit_stride
+from p2pz.kernels.dispatch import choose_triton, library_op, tl, triton, unit_stride
 
 MAX_GROUP_WIDTH = 1024
 MAX_ROW_WIDTH = 8192
@@ -434,7 +434,7 @@ def _launches(x: Tensor, groups: int, shift: Tensor | None, plan: list[int], bac
     return grid, shared | first, finish_grid, shared | second, partial
 
 
-@torch.library.custom_op("p2pz::group_norm", mutates_args=())
+@library_op("p2pz::group_norm")
 def _group_norm(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None,
     residual: Tensor | None, plan: list[int],
@@ -464,7 +464,7 @@ def _(x, groups, weight, bias, eps, silu, shift, residual, plan):
     return y, total, x.new_empty((2, x.shape[0], groups), dtype=torch.float32)
 
 
-@torch.library.custom_op("p2pz::group_norm_backward", mutates_args=())
+@library_op("p2pz::group_norm_backward")
 def _group_norm_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, groups: int, weight: Tensor, bias: Tensor, silu: bool,
     shift: Tensor | None, statistics: Tensor, plan: list[int],
@@ -526,7 +526,7 @@ def _row_tile(width: int, tile: list[int]) -> dict[str, int]:
     return {"C": width, "BLOCK_R": rows, "BLOCK_C": _power_of_two(width), "num_warps": warps}
 
 
-@torch.library.custom_op("p2pz::layer_norm", mutates_args=())
+@library_op("p2pz::layer_norm")
 def _layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, tile: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -551,7 +551,7 @@ def _(x, weight, bias, eps, residual, tile):
     return x.new_empty(x.shape), total, x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("p2pz::layer_norm_backward", mutates_args=())
+@library_op("p2pz::layer_norm_backward")
 def _layer_norm_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, statistics: Tensor, tile: list[int]
 ) -> Tensor:

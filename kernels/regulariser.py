@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.dispatch import choose_triton, tl, triton
+from p2pz.kernels.dispatch import choose_triton, library_op, tl, triton
 
 COARSEST = 8  # the pyramid ends at the first level of at most this height
 
@@ -491,7 +491,7 @@ def _pyramid_stride(height: int, width: int) -> int:
     return len(pyramid_heights(height)) * height * width | 8
 
 
-@torch.library.custom_op("p2pz::autocorrelation", mutates_args=())
+@library_op("p2pz::autocorrelation")
 def _autocorrelation(noise: Tensor, offsets: Tensor, form: str, gradient: bool) -> tuple[Tensor, Tensor]:
     """Losses `[B, C]` of the channels, and their gradient `[B, C, h, w]` (empty unless asked for), both float32."""
     noise = noise.contiguous()
@@ -504,25 +504,24 @@ def _autocorrelation(noise: Tensor, offsets: Tensor, form: str, gradient: bool) 
     tile, warps = TILES["loss"]
     positions = triton.next_power_of_2(height * width)
     strides = offsets.stride() if form == "random" else (0, 0, 0)
-    with torch.cuda.device_of(noise):
-        _loss_kernel[(batch * channels,)](
-            noise,
-            offsets,
-            scratch,
-            loss,
-            slope,
-            stride,
-            *strides,
-            C=channels,
-            H=height,
-            W=width,
-            LEVELS=levels,
-            FORM=form,
-            GRADIENT=gradient,
-            BLOCK=min(tile, positions),
-            POSITIONS=positions,
-            num_warps=warps,
-        )
+    _loss_kernel[(batch * channels,)](
+        noise,
+        offsets,
+        scratch,
+        loss,
+        slope,
+        stride,
+        *strides,
+        C=channels,
+        H=height,
+        W=width,
+        LEVELS=levels,
+        FORM=form,
+        GRADIENT=gradient,
+        BLOCK=min(tile, positions),
+        POSITIONS=positions,
+        num_warps=warps,
+    )
     return loss, slope
 
 
@@ -551,7 +550,7 @@ def _autocorrelation_backward(ctx, upstream, _):
 _autocorrelation.register_autograd(_autocorrelation_backward, setup_context=_save_gradient)
 
 
-@torch.library.custom_op("p2pz::regularise_noise", mutates_args=())
+@library_op("p2pz::regularise_noise")
 def _regularise_noise(
     noise: Tensor, offsets: Tensor, rounds: int, rolls: int, step: float, kl_strength: float, form: str
 ) -> Tensor:
@@ -566,28 +565,27 @@ def _regularise_noise(
     positions = triton.next_power_of_2(height * width)
     padded_channels = triton.next_power_of_2(channels)
     strides = offsets.stride() if form == "random" else (0, 0, 0, 0, 0)
-    with torch.cuda.device_of(noise):
-        _regularise_kernel[(batch,)](
-            noise,
-            offsets,
-            scratch,
-            out,
-            rounds,
-            rolls,
-            step,
-            kl_strength,
-            stride,
-            *strides,
-            C=channels,
-            H=height,
-            W=width,
-            LEVELS=levels,
-            FORM=form,
-            BLOCK_C=padded_channels,
-            BLOCK=min(max(tile // padded_channels, 1), positions),
-            POSITIONS=positions,
-            num_warps=warps,
-        )
+    _regularise_kernel[(batch,)](
+        noise,
+        offsets,
+        scratch,
+        out,
+        rounds,
+        rolls,
+        step,
+        kl_strength,
+        stride,
+        *strides,
+        C=channels,
+        H=height,
+        W=width,
+        LEVELS=levels,
+        FORM=form,
+        BLOCK_C=padded_channels,
+        BLOCK=min(max(tile // padded_channels, 1), positions),
+        POSITIONS=positions,
+        num_warps=warps,
+    )
     return out
 
 

@@ -7,14 +7,22 @@ Source: Dao, "FlashAttention-2" (2023), algorithms 1 and 2; here the gradients o
 each, so that the sums have a fixed order and need no atomics.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from p2pz.kernels.cross_attention import short_attention
-from p2pz.kernels.dispatch import check_attention, choose_triton, split_width, tl, triton, unit_stride
+from p2pz.kernels.dispatch import (
+    check_attention,
+    choose_triton,
+    library_op,
+    score_scale,
+    split_width,
+    tl,
+    too_large,
+    triton,
+    unit_stride,
+)
 from p2pz.kernels.tiles import dot, load_rows, store_rows
 
 FEW_KEYS = 128
@@ -301,17 +309,17 @@ def _layout(**tensors: Tensor) -> dict[str, int]:
     return strides
 
 
-@torch.library.custom_op("p2pz::attention", mutates_args=())
+@library_op("p2pz::attention")
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Output `[B, N, H, D]` and the logarithms of the rows' sums `[B, H, N]`."""
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    batch, count, heads, width = q.shape
+    batch, count, heads, _ = q.shape
     keys = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logsum = torch.empty(batch, heads, count, dtype=torch.float32, device=q.device)
     block_n, block_m, warps, stages = _tiles("forward", q)
     _forward_kernel[triton.cdiv(count, block_n), batch * heads](
-        q, k, v, out, logsum, math.log2(math.e) / math.sqrt(width), count, keys, **_layout(q=q, k=k, v=v),
+        q, k, v, out, logsum, score_scale(q), count, keys, **_layout(q=q, k=k, v=v),
         H=heads, **_parts(q), BLOCK_N=block_n, BLOCK_M=block_m, RAGGED=keys % block_m != 0,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -324,19 +332,19 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), logsum
 
 
-@torch.library.custom_op("p2pz::attention_backward", mutates_args=())
+@library_op("p2pz::attention_backward")
 def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsum: Tensor, with_keys: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to q, k and v; those to k and v are empty unless `with_keys`."""
     q, k, v, dout = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(dout)
-    batch, count, heads, width = q.shape
+    batch, count, heads, _ = q.shape
     keys = k.shape[1]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape if with_keys else 0, dtype=q.dtype, device=q.device) for _ in range(2))
     delta = torch.empty_like(logsum)
     common = _layout(q=q, k=k, v=v, g=dout) | _parts(q) | {"H": heads}
-    scale = math.log2(math.e) / math.sqrt(width)
+    scale = score_scale(q)
 
     block_n, block_m, warps, stages = _tiles("query_gradient", q)
     _query_gradient_kernel[triton.cdiv(count, block_n), batch * heads](
@@ -396,8 +404,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
     Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1.
     """
     check_attention(q, k=k, v=v)
-    unsupported = f"head size {q.shape[-1]}: up to 256 are supported" if q.shape[-1] > 256 else None
-    if choose_triton(backend, unsupported, q, k, v):
+    if choose_triton(backend, too_large(q.shape[3]), q, k, v):
         if k.shape[1] <= FEW_KEYS and k.shape[1] < q.shape[1]:
             return short_attention(q, k, v)
         return _attention(q, k, v)[0]

@@ -46,6 +46,15 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def poisoned_memory():
+    """Fresh memory is filled with NaN, so that an element that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def assert_close():
     """`assert_close(actual, expected, tolerance)`: same shape, and an error of at most `tolerance` in relative norm."""

@@ -8,6 +8,8 @@ import torch
 from p2pz.kernels import cross_attention, tiles
 from p2pz.kernels.cross_attention import attention_with_maps, attention_with_maps_reference, short_attention
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 BOUNDS = {SINGLE: 1e-5, HALF: 2e-3, BRAIN: 1e-2}
@@ -36,14 +38,6 @@ GPU_SHAPES = [  # batch, heads, queries, head size: Stable Diffusion 1.5, 2.1 an
     (2, 5, 4096, 64), (2, 10, 1024, 64), (2, 20, 256, 64), (2, 20, 64, 64),
     (1, 5, 9216, 64), (1, 10, 2304, 64), (2, 20, 576, 64), (3, 20, 144, 64),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory is filled with NaN, so that an element that nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def drawn(batch, queries, heads, keys, width, dtype, device):

@@ -16,6 +16,8 @@ from p2pz.kernels.regulariser import (
     regularise_noise_reference,
 )
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 all_forms = pytest.mark.parametrize("form", FORMS)
 
@@ -36,15 +38,6 @@ CASES = [
     ("paper", (2, 3, 17, 2), torch.float32, True, True),
 ]
 all_cases = pytest.mark.parametrize(("form", "shape", "dtype", "by_image", "by_channel"), CASES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory is filled with NaN, so that an element that nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random_noise(*shape, dtype=torch.float32, device="cpu"):

@@ -8,6 +8,8 @@ import torch
 from p2pz.kernels import self_attention
 from p2pz.kernels.self_attention import attention, attention_reference
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 all_dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -28,14 +30,6 @@ GPU_SHAPES = [  # batch, positions, heads, head size: Stable Diffusion 1.5, 2.1 
     (2, 4096, 5, 64), (2, 1024, 10, 64), (2, 256, 20, 64), (2, 64, 20, 64),
     (1, 9216, 5, 64), (1, 2304, 10, 64), (2, 576, 20, 64), (3, 144, 20, 64), (1, 1000, 8, 40),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory is filled with NaN, so that an element that nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def drawn(batch, queries, keys, heads, width, dtype, device):
