@@ -16,9 +16,11 @@ from p2pz.kernels.regulariser import (
     kl_loss,
     regularise_noise,
 )
+from p2pz.kernels.residual import add_residual
 from p2pz.kernels.self_attention import attention
 
 __all__ = [
+    "add_residual",
     "attend_with_probabilities",
     "attention",
     "attention_probabilities",

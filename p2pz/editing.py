@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from p2pz.attention import Attend, QueriesAndKeys, attend, guide_cross_attention, keep_queries_and_keys
+from p2pz.attention import QueriesAndKeys, Site, guide_cross_attention, keep_queries_and_keys
 from p2pz.captions import captions_for
 from p2pz.directions import Direction, direction, is_medium, parse_direction, source_prompt
+from p2pz.engine import Tensors, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
 from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.schedule import ddim_step, denoising_schedule
+from p2pz.unet import Conditioning
 
 
 @dataclass(frozen=True)
@@ -42,40 +45,30 @@ class EditResult:
     reconstruction_psnr: float | None
 
 
-def guided_noise(
-    model: Model,
-    halves: Tensor,
-    timestep: Tensor,
-    alpha: float,
-    contexts: Tensor,
-    guidance: float,
-    attend: Attend = attend,
-) -> Tensor:
-    """Noise prediction with classifier-free guidance.
+def guided(noise: Tensor, guidance: Tensor | float, pairs: bool) -> Tensor:
+    """Classifier-free guidance.
 
     Args:
-        model: the model.
-        halves: latents of each half, `[k * B, 4, h, w]`: k = 2 is negative and conditional, k = 1 conditional alone.
-        timestep, alpha: as in `Model.predict_noise`.
-        contexts: text states of each half, `[k * B, 77, d]`.
+        noise: predictions `[2 * B, 4, h, w]` of the negative and of the conditional half; without pairs `[B, 4, h, w]`.
         guidance: scale of the difference between the halves.
-        attend: see `p2pz.attention`.
+        pairs: whether there is a negative half.
 
     Returns:
         `[B, 4, h, w]`.
 
     Source: Ho and Salimans, "Classifier-Free Diffusion Guidance" (2022), equation 6, with w + 1 = guidance.
     """
-    noise = model.predict_noise(halves, timestep, alpha, contexts, attend)
-    if guidance == 1:
+    if not pairs:
         return noise
     negative, conditional = noise.chunk(2)
     return negative + guidance * (conditional - negative)
 
 
-def map_gradient(
-    model: Model, latents: Tensor, timestep: Tensor, alpha: float, contexts: Tensor, reference: QueriesAndKeys
-) -> Tensor:
+class _LastMapSeen(Exception):
+    """Ends a forward pass that only its cross-attention maps are wanted of."""
+
+
+def map_gradient(model: Model, latents: Tensor, conditioning: Conditioning, reference: QueriesAndKeys) -> Tensor:
     """Gradient, with respect to the latents, of the distance between their cross-attention maps and reference maps.
 
     Each latent has a loss of its own: squared differences summed over layers, positions and tokens, and averaged over
@@ -84,8 +77,7 @@ def map_gradient(
     Args:
         model: the model.
         latents: `[B, 4, h, w]`.
-        timestep, alpha: as in `Model.predict_noise`.
-        contexts: `[B, 77, d]`.
+        conditioning: timestep and texts, as in `Model.predict`.
         reference: what the reference maps are made of, see `keep_queries_and_keys`.
 
     Returns:
@@ -93,74 +85,31 @@ def map_gradient(
 
     Source: Parmar et al. (2023), equation 6.
     """
+    losses: list[Tensor] = []
+    guide = guide_cross_attention(reference, losses)
+
+    def guide_to_the_last(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        out = guide(q, k, v, site)
+        if len(losses) == len(reference):
+            raise _LastMapSeen
+        return out
+
     with torch.enable_grad():
         latents = latents.detach().requires_grad_()
-        losses: list[Tensor] = []
-        model.predict_noise(latents, timestep, alpha, contexts, guide_cross_attention(reference, losses))
+        with contextlib.suppress(_LastMapSeen):
+            model.predict(latents, conditioning, guide_to_the_last)
         return torch.autograd.grad(torch.stack(losses).sum(), latents)[0]
 
 
-@torch.no_grad()
-def edit_steps(
-    model: Model, noise: Tensor, caption: Tensor, negative: Tensor | None, edited: Tensor, settings: Settings
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Denoise twice in lockstep, once with the caption and once with the edited caption.
-
-    At every step the reference pass goes first and leaves its cross-attention maps; the edit's latents move down the
-    gradient of the distance to them, and then both take a DDIM step. Maps live for one step.
-
-    Args:
-        model: the model.
-        noise: where both start, `[B, 4, h, w]` float32.
-        caption: text states of the captions, `[B, 77, d]`.
-        negative: text states of the negative prompts; None: the captions, so that the reference pass needs no second
-            half and guidance does not pull it away from the image.
-        edited: caption plus direction, `[B, 77, d]`.
-        settings: steps, guidance, map guidance.
-
-    Yields:
-        Latents of the edit and of the reference after each step.
-
-    Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), algorithm 1.
+def _spread(states: Tensor, images: int, copies: int, halves: int) -> Tensor:
+    """Repeat states of reference images for edits: from `[r * images, ...]`, r being 1 or 2 halves of a classifier-free
+    pair, to `[halves * copies * images, ...]`. One half serves both, and of two the last, conditional one serves alone.
     """
-    guidance, xa_guidance = settings.guidance, settings.xa_guidance
-    pairs = guidance != 1
-    negative_states = caption if negative is None else negative
-    edited_pair = torch.cat([negative_states, edited]) if pairs else edited
-    reference_pairs = pairs and negative is not None
-    reference_states = torch.cat([negative_states, caption]) if reference_pairs else caption
-
-    def halves(latents: Tensor, pairs: bool = pairs) -> Tensor:
-        return torch.cat([latents, latents]) if pairs else latents
-
-    latents = reference = noise
-    for timestep, alpha_from, alpha_to in denoising_schedule(settings.steps).rows():
-        kept: QueriesAndKeys = {}
-        reference_noise = guided_noise(
-            model, halves(reference, reference_pairs), timestep, alpha_from, reference_states,
-            guidance if reference_pairs else 1, keep_queries_and_keys(kept) if xa_guidance else attend,
-        )  # fmt: skip
-        reference = ddim_step(reference, reference_noise, alpha_from, alpha_to)
-
-        if not xa_guidance:
-            moved = halves(latents)
-        elif settings.gradient == "conditional" or not pairs:
-            conditional = {path: (q[-len(noise) :], k[-len(noise) :]) for path, (q, k) in kept.items()}
-            gradient = map_gradient(model, latents, timestep, alpha_from, edited, conditional)
-            moved = halves(latents - xa_guidance * gradient)
-        else:
-            if not reference_pairs:
-                kept = {path: (halves(q), halves(k)) for path, (q, k) in kept.items()}
-            gradient = map_gradient(model, halves(latents), timestep, alpha_from, edited_pair, kept) / 2
-            if settings.gradient == "both":
-                gradient = halves(sum(gradient.chunk(2)))
-            moved = halves(latents) - xa_guidance * gradient
-        latents = moved[: len(noise)]
-        predicted = guided_noise(model, moved, timestep, alpha_from, edited_pair, guidance)
-        latents = ddim_step(latents, predicted, alpha_from, alpha_to)
-        yield latents, reference
+    states = states.unflatten(0, (-1, 1, images))[-halves:]
+    return states.expand(halves, copies, images, *states.shape[3:]).flatten(0, 2)
 
 
+@torch.no_grad()
 def edit_latents(
     model: Model,
     noise: Tensor,
@@ -170,17 +119,108 @@ def edit_latents(
     settings: Settings,
     progress: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Latents of the edit and of the reference at the end of `edit_steps`; same arguments."""
-    latents = reference = noise
-    steps = edit_steps(model, noise, caption, negative, edited, settings)
-    for latents, reference in tqdm(steps, "editing", settings.steps, disable=hide(progress), leave=False):
-        pass
+    """Denoise with the caption and with edited captions, in lockstep.
+
+    At every step the reference pass leaves what its cross-attention maps are made of; the latents of each edit move
+    down the gradient of the distance to these maps, and then all take a DDIM step. Nothing is kept for longer. The
+    reference is always one step ahead: its pass knows nothing of the edits, and so shares a batch with theirs.
+
+    Args:
+        model: the model.
+        noise: where all start, `[B, 4, h, w]` float32.
+        caption: text states of the captions, `[B, 77, d]`.
+        negative: text states of the negative prompts; None: the captions, so that the reference pass needs no second
+            half and guidance does not pull it away from the image.
+        edited: caption plus direction, `[K * B, 77, d]`: all images with the first direction, then with the next.
+        settings: steps, guidance, map guidance.
+        progress: show a bar; None: on a terminal only.
+
+    Returns:
+        Latents of the edits, `[K * B, 4, h, w]`, and of the reference, `[B, 4, h, w]`.
+
+    Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), algorithm 1.
+    """
+    images, edits = len(noise), len(edited)
+    copies = edits // images
+    pairs, guides = settings.guidance != 1, settings.xa_guidance != 0
+    negative_states = caption if negative is None else negative
+    edit_texts = torch.cat([negative_states.repeat(copies, 1, 1), edited]) if pairs else edited
+    reference_pairs = pairs and negative is not None
+    reference_texts = torch.cat([negative_states, caption]) if reference_pairs else caption
+
+    schedule = denoising_schedule(settings.steps)
+    shifts, keys_values = model.condition(schedule.timesteps, torch.cat([edit_texts, reference_texts]))
+    edit_rows, reference_rows = len(edit_texts), len(reference_texts)
+    # One step more, which stands still: the reference's, after the last.
+    shifts, alphas = (
+        torch.cat([shifts, shifts[-1:]]),
+        torch.cat([schedule.alphas, schedule.alphas[-1:, 1:].expand(1, 2)]),
+    )
+    scales = torch.tensor([settings.guidance, settings.xa_guidance])
+    constants = [tensor.to(model.device) for tensor in (shifts, keys_values, alphas, scales)]
+
+    def halves(latents: Tensor, pairs: bool = pairs) -> Tensor:
+        return torch.cat([latents, latents]) if pairs else latents
+
+    def reference_queries(kept: QueriesAndKeys) -> list[Tensor]:
+        """Those of the reference's rows, the last ones, layer by layer; its keys do not change."""
+        return [queries[-reference_rows:] for queries, _ in kept.values()] if guides else []
+
+    def step_reference(latents: Tensor, prediction: Tensor, alphas: Tensor, scales: Tensor) -> Tensor:
+        noise = model.to_noise(prediction, halves(latents, reference_pairs), alphas[0])
+        return ddim_step(latents, guided(noise, scales[0], reference_pairs), *alphas)
+
+    def first(noise: Tensor, shifts: Tensor, keys_values: Tensor, alphas: Tensor, scales: Tensor) -> Tensors:
+        """The reference's first step."""
+        kept: QueriesAndKeys = {}
+        conditioning = Conditioning(shifts[0], keys_values[edit_rows:])
+        prediction = model.predict(halves(noise, reference_pairs), conditioning, keep_queries_and_keys(kept))
+        return [step_reference(noise, prediction, alphas[0], scales), *reference_queries(kept)]
+
+    def step(index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
+        (latents, reference, *queries), (shifts, keys_values, alphas, scales) = state, constants
+        now, later = row(shifts, index), row(shifts, index + 1)
+        alphas_now, alphas_later = row(alphas, index), row(alphas, index + 1)
+
+        moved = halves(latents)
+        if guides:
+            followed = 1 if settings.gradient == "conditional" or not pairs else 2
+            start = latents if followed == 1 else moved
+            maps = {
+                path: (_spread(q, images, copies, followed), _spread(k, images, copies, followed))
+                for q, (path, k) in zip(queries, model.unet.keys(keys_values[edit_rows:]).items(), strict=True)
+            }
+            conditioning = Conditioning(now, keys_values[edit_rows - len(start) : edit_rows])
+            gradient = map_gradient(model, start, conditioning, maps)
+            if followed == 1:
+                moved = halves(latents - scales[1] * gradient)
+            elif settings.gradient == "both":
+                moved = halves(latents - scales[1] * (sum(gradient.chunk(2)) / 2))
+            else:
+                moved = moved - scales[1] * gradient / 2
+        latents = moved[:edits]
+
+        kept: QueriesAndKeys = {}
+        inputs = torch.cat([moved, halves(reference, reference_pairs)])
+        told = torch.cat([now.expand(edit_rows, -1), later.expand(reference_rows, -1)])
+        prediction = model.predict(inputs, Conditioning(told, keys_values), keep_queries_and_keys(kept))
+        noise = model.to_noise(prediction[:edit_rows], moved, alphas_now[0])
+        return [
+            ddim_step(latents, guided(noise, scales[0], pairs), *alphas_now),
+            step_reference(reference, prediction[edit_rows:], alphas_later, scales),
+            *reference_queries(kept),
+        ]
+
+    kind = "edit", pairs, reference_pairs, guides, settings.gradient
+    reference, *queries = model.graphs.call(("reference", *kind), first, [noise, *constants])
+    state = [noise.repeat(copies, 1, 1, 1), reference, *queries]
+    latents, reference, *_ = model.graphs.run(kind, step, state, constants, settings.steps, "editing", hide(progress))
     return latents, reference
 
 
 def edit(
     img: ImageLike | Inversion | Sequence[ImageLike | Inversion],
-    direction: str | Direction,
+    direction: str | Direction | Sequence[str | Direction],
     *,
     model: Model | None = None,
     prompt: str | Sequence[str] | None = None,
@@ -194,16 +234,17 @@ def edit(
     batch_size: int = 8,
     progress: bool | None = None,
     **settings: Any,
-) -> EditResult | list[EditResult]:
+) -> EditResult | list[EditResult] | list[list[EditResult]]:
     """Change one concept in images and keep the rest (pix2pix-zero).
 
     Args:
         img: a path, a PIL image, an `[H, W, 3]` array, an `Inversion` of the same model, or a list of these. Images
             are resized to the size the model works at, about `model.native_size` squared pixels in their own shape.
-        direction: "cat->dog", or a `Direction` made with this model's text encoder.
+        direction: "cat->dog", or a `Direction` made with this model's text encoder, or a list of these: all edits of an
+            image share one inversion and one reference pass.
         model: None loads the default model.
         prompt: what the image shows, one text or one per image. None: an inversion's own prompt; the bundled model
-            recognises the image; other models assume "a photo of a cat" for the direction "cat->dog".
+            recognises the image; other models assume "a photo of a cat" for the (first) direction "cat->dog".
         negative_prompt: None takes the prompt, which keeps the reference pass on the image. It needs guidance above 1.
         preset: `"p2pz"`, `"authors"` or `"diffusers"`, see `p2pz.presets`.
         steps: 1 to 999; None takes the inversion's or else the preset's.
@@ -212,43 +253,38 @@ def edit(
         xa_guidance: step length of the cross-attention map guidance, closer to the image with larger values; None takes
             the preset's.
         seed: of all randomness; the same seed gives the same result, alone or in a batch.
-        batch_size: images of one size that are worked on at once.
+        batch_size: edits of images of one size that are worked on at once.
         progress: show bars; None: on a terminal only.
         settings: further fields of `p2pz.presets.Settings`.
 
     Returns:
-        An `EditResult`, or a list of them for a list.
+        An `EditResult`; for a list of images or of directions a list of them; for lists of both a list for each image.
 
     Raises:
-        ValueError: an image, the direction or a setting is wrong; the message says which.
+        ValueError: an image, a direction or a setting is wrong; the message says which.
 
     Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023).
     """
     model = model or load()
     items, single = as_list(img)
-    edit_direction = as_direction(direction, model)
+    directions, single_direction = as_list(direction, "directions")
+    directions = [as_direction(words, model) for words in directions]
     inversion_steps = {item.steps for item in items if isinstance(item, Inversion)}
     if steps is None and len(inversion_steps) == 1:
         steps = inversion_steps.pop()
-    style = is_medium(edit_direction.source) and is_medium(edit_direction.target)
-    numbers = settings_for(
-        model,
-        preset,
-        style=style,
-        steps=steps,
-        strength=strength,
-        guidance=guidance,
-        xa_guidance=xa_guidance,
-        **settings,
-    )
-    if negative_prompt is not None and numbers.guidance == 1:
+    settings |= {"steps": steps, "strength": strength, "guidance": guidance, "xa_guidance": xa_guidance}
+    numbers = [
+        settings_for(model, preset, style=is_medium(each.source) and is_medium(each.target), **settings)
+        for each in directions
+    ]
+    if negative_prompt is not None and numbers[0].guidance == 1:
         warnings.warn("a negative prompt does nothing at guidance 1: give a larger guidance too", stacklevel=2)
 
     places = [i for i, item in enumerate(items) if not isinstance(item, Inversion)]
     pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model), strict=True))
-    prompts = _prompts(items, pictures, prompt, source_prompt(edit_direction.source), model)
+    prompts = _prompts(items, pictures, prompt, source_prompt(directions[0].source), model)
     sizes = [pictures[i].size[::-1] if i in pictures else _image_size(item, model) for i, item in enumerate(items)]
-    results: list[EditResult | None] = [None] * len(items)
+    results: list[list[EditResult | None]] = [[None] * len(directions) for _ in items]
     for group in same_size_groups(sizes):
         for start in range(0, len(group), batch_size):
             batch = group[start : start + batch_size]
@@ -256,17 +292,26 @@ def edit(
             inversions = {i: items[i] for i in batch if i not in pictures}
             if fresh:
                 made = invert_pictures(
-                    model, [pictures[i] for i in fresh], [prompts[i] for i in fresh], numbers, seed, progress
+                    model, [pictures[i] for i in fresh], [prompts[i] for i in fresh], numbers[0], seed, progress
                 )
                 inversions |= zip(fresh, made, strict=True)
-            done = _edit_batch(
-                model, [inversions[i] for i in batch], [prompts[i] for i in batch], negative_prompt, edit_direction,
-                numbers, progress,
-            )  # fmt: skip
-            for i, (image, reconstruction) in zip(batch, done, strict=True):
-                quality = psnr(reconstruction, pictures[i]) if i in pictures else None
-                results[i] = EditResult(image, reconstruction, inversions[i], prompts[i], quality)
-    return results[0] if single else results
+            for some in _alike(numbers, max(1, batch_size // len(batch))):
+                edited, reconstructions = _edit_batch(
+                    model, [inversions[i] for i in batch], [prompts[i] for i in batch], negative_prompt,
+                    [directions[j] for j in some], [numbers[j] for j in some], progress,
+                )  # fmt: skip
+                for k, (j, i) in enumerate(itertools.product(some, batch)):
+                    reconstruction = reconstructions[k % len(batch)]
+                    quality = psnr(reconstruction, pictures[i]) if i in pictures else None
+                    results[i][j] = EditResult(edited[k], reconstruction, inversions[i], prompts[i], quality)
+    chosen = [row[0] if single_direction else row for row in results]
+    return chosen[0] if single else chosen
+
+
+def _alike(numbers: Sequence[Settings], most: int) -> list[list[int]]:
+    """Indices of the settings that can share a batch, at most `most` together: only their strengths may differ."""
+    groups = same_size_groups([astuple(replace(settings, strength=0.0)) for settings in numbers])
+    return [group[start : start + most] for group in groups for start in range(0, len(group), most)]
 
 
 def as_direction(words: str | Direction, model: Model) -> Direction:
@@ -288,20 +333,22 @@ def _edit_batch(
     inversions: Sequence[Inversion],
     prompts: Sequence[str],
     negative_prompt: str | None,
-    edit_direction: Direction,
-    settings: Settings,
+    directions: Sequence[Direction],
+    settings: Sequence[Settings],
     progress: bool | None,
-) -> list[tuple[Image.Image, Image.Image]]:
-    """Edited picture and reconstruction of each inversion of a batch."""
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Edited pictures, those of the first direction first, and reconstructions of a batch."""
     for inversion in inversions:
         inversion.check_fits(model)
     noise = torch.stack([inversion.latents for inversion in inversions]).to(model.device)
     caption = model.encode_text(prompts)
     negative = None if negative_prompt is None else model.encode_text([negative_prompt]).expand_as(caption)
-    edited = caption + settings.strength * edit_direction.states.to(caption)
-    latents, reference = edit_latents(model, noise, caption, negative, edited, settings, progress)
-    images, reconstructions = (to_pictures(model.decode_latents(final)) for final in (latents, reference))
-    return list(zip(images, reconstructions, strict=True))
+    deltas = [
+        each.strength * direction.states.to(caption) for direction, each in zip(directions, settings, strict=True)
+    ]
+    edited = torch.cat([caption + delta for delta in deltas])
+    latents, reference = edit_latents(model, noise, caption, negative, edited, settings[0], progress)
+    return to_pictures(model.decode_latents(latents)), to_pictures(model.decode_latents(reference))
 
 
 def _prompts(

@@ -73,13 +73,13 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array)
 
 
-def as_list(images: Any) -> tuple[list[Any], bool]:
-    """The images as a list, and whether it was a single one. Raises ValueError for an empty list."""
-    if not isinstance(images, (list, tuple)):
-        return [images], True
-    if not images:
-        raise ValueError("the list of images is empty: give at least one")
-    return list(images), False
+def as_list(things: Any, what: str = "images") -> tuple[list[Any], bool]:
+    """The things as a list, and whether it was a single one. Raises ValueError for an empty list."""
+    if not isinstance(things, (list, tuple)):
+        return [things], True
+    if not things:
+        raise ValueError(f"the list of {what} is empty: give at least one")
+    return list(things), False
 
 
 def same_size_groups(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:

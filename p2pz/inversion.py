@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from p2pz.captions import captions_for
+from p2pz.engine import Tensors, row
 from p2pz.files import load_tensors, save_tensors
 from p2pz.images import ImageLike, as_list, psnr, read_image, same_size_groups, to_pictures, to_tensor, working_size
 from p2pz.kernels import regularise_noise
@@ -21,6 +22,7 @@ from p2pz.kernels.regulariser import pyramid_heights
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.schedule import authors_inversion_schedule, ddim_step, inversion_schedule
+from p2pz.unet import Conditioning
 
 LOWEST_MINI_PSNR = 26.0
 """In dB. Pictures of the mini world come back from its autoencoder at 29 or more, two photographs at 16 and 20."""
@@ -92,44 +94,15 @@ def draw_offsets(generator: torch.Generator, settings: Settings, channels: int, 
         `[rounds, rolls, 1, channels, levels]` int64; every image of a batch gets the same, so that an image in a batch
         gets what it gets alone.
     """
-    heights = pyramid_heights(height)
-    draws = [
-        int(
-            torch.randint(settings.lowest_offset, max(size // 2, settings.lowest_offset + 1), (1,), generator=generator)
-        )
-        for _ in range(settings.rounds * settings.rolls * channels)
-        for size in heights
-    ]
-    return torch.tensor(draws, dtype=torch.int64).view(settings.rounds, settings.rolls, 1, channels, len(heights))
+    sizes = [max(size // 2 - settings.lowest_offset, 1) for size in pyramid_heights(height)]
+    draws = settings.rounds * settings.rolls * channels
+    # A draw is a word of the generator's stream modulo the size; so all can be drawn modulo a multiple of all sizes.
+    words = torch.randint(math.lcm(*sizes), (draws, len(sizes)), generator=generator)
+    offsets = settings.lowest_offset + words % torch.tensor(sizes)
+    return offsets.view(settings.rounds, settings.rolls, 1, channels, len(sizes))
 
 
 @torch.no_grad()
-def inversion_steps(
-    model: Model, image_latents: Tensor, context: Tensor, settings: Settings, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """Walk from image latents to noise; yields the latents after every step.
-
-    Args:
-        model: the model.
-        image_latents: `[B, 4, h, w]` float32, scaled.
-        context: text states of the captions, `[B, 77, d]`.
-        settings: steps, schedule and regulariser.
-        generator: for the regulariser's offsets, on the CPU.
-
-    Source: Parmar et al. (2023), section 3.1; Song et al., "Denoising Diffusion Implicit Models" (2021).
-    """
-    latents = image_latents
-    for timestep, alpha_from, alpha_to in _SCHEDULES[settings.inversion](settings.steps).rows():
-        noise = model.predict_noise(latents, timestep, alpha_from, context)
-        if settings.autocorrelation_strength or settings.kl_strength:
-            offsets = draw_offsets(generator, settings, *latents.shape[1:3])
-            noise = regularise_noise(
-                noise, offsets, settings.autocorrelation_strength, settings.kl_strength, settings.form
-            )
-        latents = ddim_step(latents, noise, alpha_from, alpha_to)
-        yield latents
-
-
 def invert_latents(
     model: Model,
     image_latents: Tensor,
@@ -138,13 +111,40 @@ def invert_latents(
     generator: torch.Generator,
     progress: bool | None = None,
 ) -> Tensor:
-    """The noise `[B, 4, h, w]` at the end of `inversion_steps`; same arguments."""
-    steps = inversion_steps(model, image_latents, context, settings, generator)
-    total = len(_SCHEDULES[settings.inversion](settings.steps))
-    latents = image_latents
-    for latents in tqdm(steps, "inverting", total, disable=hide(progress), leave=False):
-        pass
-    return latents
+    """Walk from image latents to noise.
+
+    Args:
+        model: the model.
+        image_latents: `[B, 4, h, w]` float32, scaled.
+        context: text states of the captions, `[B, 77, d]`.
+        settings: steps, schedule and regulariser.
+        generator: for the regulariser's offsets, on the CPU.
+        progress: show a bar; None: on a terminal only.
+
+    Returns:
+        The noise, `[B, 4, h, w]` float32.
+
+    Source: Parmar et al. (2023), section 3.1; Song et al., "Denoising Diffusion Implicit Models" (2021).
+    """
+    schedule = _SCHEDULES[settings.inversion](settings.steps)
+    strengths = settings.autocorrelation_strength, settings.kl_strength
+
+    def step(index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
+        (latents,), (shifts, keys_values, alphas, *offsets) = state, constants
+        alpha_from, alpha_to = row(alphas, index)
+        prediction = model.predict(latents, Conditioning(row(shifts, index), keys_values))
+        noise = model.to_noise(prediction, latents, alpha_from)
+        if offsets:
+            noise = regularise_noise(noise, row(offsets[0], index), *strengths, settings.form)
+        return (ddim_step(latents, noise, alpha_from, alpha_to),)
+
+    constants = [*model.condition(schedule.timesteps, context), schedule.alphas]
+    if any(strengths):
+        offsets = [draw_offsets(generator, settings, *image_latents.shape[1:3]) for _ in range(len(schedule))]
+        constants.append(torch.stack(offsets))
+    constants = [tensor.to(model.device) for tensor in constants]
+    kind = "invert", *strengths, settings.form
+    return model.graphs.run(kind, step, [image_latents], constants, len(schedule), "inverting", hide(progress))[0]
 
 
 def hide(progress: bool | None) -> bool | None:

@@ -4,12 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2pz.kernels import group_norm
+from p2pz.kernels import add_residual, group_norm
 
 
-def group_normed(norm: nn.GroupNorm, x: Tensor, *, silu: bool = False, shift: Tensor | None = None) -> Tensor:
-    """Group norm of `x [B, C, h, w]` plus `shift [B, C]`, and SiLU of that, in one kernel where there is one."""
-    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, shift=shift)
+def group_normed(
+    norm: nn.GroupNorm, x: Tensor, *, silu: bool = False, shift: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Group norm of `x [B, C, h, w]` plus `shift [B, C]` plus `residual`, and SiLU of that, in one kernel if possible.
+
+    With a residual a pair of that and of the sum.
+    """
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, shift=shift, residual=residual)
+
+
+def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution without its bias: whatever reads the result next adds it, which saves a pass over memory."""
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 
 class ResnetBlock(nn.Module):
@@ -31,12 +41,39 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
-        """`[B, in_channels, h, w]` and, if the block was built for it, `[B, time_channels]`."""
-        hidden = self.conv1(group_normed(self.norm1, x, silu=True))
-        shift = None if self.time_emb_proj is None else self.time_emb_proj(F.silu(time_embedding))
-        hidden = self.conv2(group_normed(self.norm2, hidden, silu=True, shift=shift))
-        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+    def time_shift(self, time_embedding: Tensor) -> Tensor:
+        """What is added to every position between the convolutions.
+
+        Args:
+            time_embedding: `[T, time_channels]`.
+
+        Returns:
+            `[T, out_channels]`: the embedding's projection, and the bias of the first convolution.
+        """
+        return self.time_emb_proj(F.silu(time_embedding)) + self.conv1.bias
+
+    def summands(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The block's result as three summands, for a reader who adds while reading.
+
+        Args:
+            x: `[B, in_channels, h, w]`.
+            shift: `[B, out_channels]`, see `time_shift`; None in a block without time.
+
+        Returns:
+            The second convolution without its bias, `[B, out_channels, h, w]`; what is carried past both, same shape;
+            the bias, `[out_channels]`.
+        """
+        hidden = convolved(self.conv1, group_normed(self.norm1, x, silu=True))
+        shift = self.conv1.bias if shift is None else shift
+        hidden = convolved(self.conv2, group_normed(self.norm2, hidden, silu=True, shift=shift))
+        if self.conv_shortcut is not None:
+            x = to_map(pointwise(self.conv_shortcut, to_tokens(x)), *x.shape[2:])
+        return hidden, x, self.conv2.bias
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """`[B, in_channels, h, w]` to `[B, out_channels, h, w]`, see `summands`."""
+        hidden, carried, bias = self.summands(x, shift)
+        return to_map(add_residual(to_tokens(hidden), to_tokens(carried), bias), *x.shape[2:])
 
 
 class Downsample(nn.Module):

@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from p2pz import schedule, text
 from p2pz.attention import Attend, attend
-from p2pz.unet import UNet, UNetConfig
+from p2pz.engine import Graphs
+from p2pz.unet import Conditioning, UNet, UNetConfig
 from p2pz.vae import VAE, VAEConfig
 from p2pz.weights import MINI_FOLDER, CheckpointError, find_tensors, load_tensors, mini_world, read_json
 from p2pz.weights.folder import VAE_RENAMES
@@ -33,6 +34,7 @@ class Model:
         unet, vae, text_encoder, tokenizer: the parts.
         prediction_type: what the UNet predicts, `"epsilon"` or `"v_prediction"`.
         text_fingerprint: short name of the text encoder's weights; directions carry it.
+        graphs: work that was recorded for repetition on a GPU.
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class Model:
     tokenizer: CLIPTokenizer
     prediction_type: str
     text_fingerprint: str
+    graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +92,9 @@ class Model:
             `[B, 4, h, w]` float32, about unit variance.
         """
         images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
-        latents, log_variance = (moment.float() for moment in self.vae.encode(images))
+        # One by one, because each takes much memory.
+        moments = [self.graphs.call("encode", self.vae.encode, [image]) for image in images.split(1)]
+        latents, log_variance = (torch.cat(parts).float() for parts in zip(*moments, strict=True))
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator).to(latents.device)
             latents = latents + (0.5 * log_variance).exp() * noise
@@ -99,26 +104,32 @@ class Model:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` float32 in [-1, 1] of scaled latents `[B, 4, h, w]`."""
         latents = (latents / self.vae.config.scaling_factor).to(self.dtype, memory_format=torch.channels_last)
-        return self.vae.decode(latents).float().clamp(-1, 1)
+        images = [self.graphs.call("decode", lambda x: [self.vae.decode(x)], [one])[0] for one in latents.split(1)]
+        return torch.cat(images).float().clamp(-1, 1)
 
-    def predict_noise(
-        self, latents: Tensor, timestep: Tensor, alpha: Tensor, context: Tensor, attend: Attend = attend
-    ) -> Tensor:
-        """Noise (epsilon) in latents, whatever the checkpoint predicts.
+    @torch.no_grad()
+    def condition(self, timesteps: Tensor, context: Tensor) -> Conditioning:
+        """What the UNet is told besides latents: timesteps `[T]` and text states `[B, 77, d]`, see `UNet.condition`."""
+        return self.unet.condition(timesteps.to(self.device), context.to(self.device, self.dtype))
+
+    def predict(self, latents: Tensor, conditioning: Conditioning, attend: Attend = attend) -> Tensor:
+        """Output of the UNet, see `to_noise` for what it means.
 
         Args:
             latents: `[B, 4, h, w]` float32.
-            timestep: scalar tensor.
-            alpha: alpha-bar of the latents, to turn v into epsilon.
-            context: `[B, 77, d]`.
+            conditioning: timesteps and texts, see `condition`; shifts `[S]` or `[B, S]`.
             attend: see `p2pz.attention`.
 
         Returns:
             `[B, 4, h, w]` float32.
         """
         inputs = latents.to(self.dtype, memory_format=torch.channels_last)
-        prediction = self.unet(inputs, timestep.to(self.device), context.to(self.dtype), attend)
-        return schedule.to_epsilon(prediction.float(), latents, alpha, self.prediction_type)
+        prediction = self.unet.predict(inputs, conditioning, attend)
+        return prediction.to(torch.float32, memory_format=torch.contiguous_format)
+
+    def to_noise(self, prediction: Tensor, latents: Tensor, alpha: Tensor | float) -> Tensor:
+        """The noise (epsilon) that a prediction for latents stands for; `alpha` is their alpha-bar."""
+        return schedule.to_epsilon(prediction, latents, alpha, self.prediction_type)
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:
@@ -178,11 +189,13 @@ def load(
             f"the text encoder in {folder} gives states of width {width}, "
             f"but its UNet reads {unet.config.context_channels}"
         )
+    unet = _place(unet, device, dtype)
+    unet.fuse()
     return Model(
         folder=folder,
-        unet=unet.to(device, dtype, memory_format=torch.channels_last),
-        vae=vae.to(device, dtype, memory_format=torch.channels_last),
-        text_encoder=text_encoder.to(device, dtype),
+        unet=unet,
+        vae=_place(vae, device, dtype),
+        text_encoder=_place(text_encoder, device, dtype),
         tokenizer=tokenizer,
         prediction_type=prediction_type,
         text_fingerprint=text_fingerprint,
@@ -202,6 +215,22 @@ def _load_module(module_type: type, config_type: type, folder: Path, renames: tu
         raise CheckpointError(f"{folder / 'config.json'} describes no Stable Diffusion: {error}") from None
     load_tensors(module, find_tensors(folder), renames)
     return module.eval().requires_grad_(False)
+
+
+def _place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Bring a module to a device and dtype, convolutions channels-last, one tensor at a time.
+
+    A tensor goes to the device as it lies in the memory-mapped file and is converted there; `module.to(device, dtype)`
+    would convert it in host memory. One that is already as wanted stays in the mapped file.
+    """
+
+    def convert(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(device)
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(dtype, memory_format=torch.channels_last if tensor.ndim == 4 else torch.preserve_format)
+
+    return module._apply(convert)
 
 
 def _read_prediction_type(folder: Path) -> str:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from p2pz.editing import guided_noise
+from p2pz.editing import guided
+from p2pz.engine import Tensors, row
 from p2pz.images import as_list, to_pictures
 from p2pz.inversion import hide
 from p2pz.model import Model, load
 from p2pz.schedule import ddim_step, denoising_schedule
+from p2pz.unet import Conditioning
 
 
 @torch.no_grad()
-def sample_steps(
-    model: Model, noise: Tensor, negative: Tensor, context: Tensor, steps: int, guidance: float
-) -> Iterator[Tensor]:
-    """Denoise from noise; yields the latents after every step.
+def sample_latents(
+    model: Model,
+    noise: Tensor,
+    negative: Tensor,
+    context: Tensor,
+    steps: int,
+    guidance: float,
+    progress: bool | None = None,
+) -> Tensor:
+    """Denoise from noise.
 
     Args:
         model: the model.
@@ -28,17 +35,27 @@ def sample_steps(
         negative, context: text states of the negative and of the prompt, each `[B, 77, d]`.
         steps: 1 to 999.
         guidance: classifier-free guidance scale; 1 leaves the negative half out.
+        progress: show a bar; None: on a terminal only.
+
+    Returns:
+        Latents of the images, `[B, 4, h, w]` float32.
 
     Source: Song et al., "Denoising Diffusion Implicit Models" (2021), equation 12.
     """
     pairs = guidance != 1
-    contexts = torch.cat([negative, context]) if pairs else context
-    latents = noise
-    for timestep, alpha_from, alpha_to in denoising_schedule(steps).rows():
+    schedule = denoising_schedule(steps)
+    conditioning = model.condition(schedule.timesteps, torch.cat([negative, context]) if pairs else context)
+
+    def step(index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
+        (latents,), (shifts, keys_values, alphas, guidance) = state, constants
+        alpha_from, alpha_to = row(alphas, index)
         halves = torch.cat([latents, latents]) if pairs else latents
-        predicted = guided_noise(model, halves, timestep, alpha_from, contexts, guidance)
-        latents = ddim_step(latents, predicted, alpha_from, alpha_to)
-        yield latents
+        prediction = model.predict(halves, Conditioning(row(shifts, index), keys_values))
+        predicted = guided(model.to_noise(prediction, halves, alpha_from), guidance, pairs)
+        return (ddim_step(latents, predicted, alpha_from, alpha_to),)
+
+    constants = [*conditioning, schedule.alphas.to(model.device), torch.tensor(guidance, device=model.device)]
+    return model.graphs.run(("sample", pairs), step, [noise], constants, steps, "sampling", hide(progress))[0]
 
 
 def sample(
@@ -88,8 +105,5 @@ def sample(
     )
     context = model.encode_text(prompts)
     negative = model.encode_text([negative_prompt]).expand_as(context)
-    latents = noise = noise.to(model.device)
-    updates = sample_steps(model, noise, negative, context, steps, guidance)
-    for latents in tqdm(updates, "sampling", steps, disable=hide(progress), leave=False):
-        pass
+    latents = sample_latents(model, noise.to(model.device), negative, context, steps, guidance, progress)
     return to_pictures(model.decode_latents(latents))

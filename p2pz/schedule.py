@@ -1,6 +1,5 @@
 """Noise schedule of Stable Diffusion and the deterministic DDIM update."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +38,10 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def rows(self) -> Iterator[tuple[Tensor, float, float]]:
-        """(timestep as a scalar tensor, alpha-bar before, alpha-bar after) of each step."""
-        return zip(self.timesteps, self.alphas_from.tolist(), self.alphas_to.tolist(), strict=True)
+    @property
+    def alphas(self) -> Tensor:
+        """`[n, 2]` float64: alpha-bar before and after each step."""
+        return torch.stack([self.alphas_from, self.alphas_to], dim=1)
 
 
 def denoising_schedule(steps: int) -> Schedule:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from p2pz.weights import CheckpointError, find_tensors
@@ -40,6 +41,9 @@ def load_text_encoder(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     Args:
         folder: a folder in the diffusers layout.
 
+    Returns:
+        The tokenizer, and the frozen encoder on the CPU in the file's dtype: its tensors are the memory-mapped file's.
+
     Raises:
         CheckpointError: a part is missing or does not fit; names it.
     """
@@ -53,8 +57,10 @@ def load_text_encoder(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     try:
         with quiet_transformers():
             tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            dtypes = (tensor.dtype for tensor in load_file(weights).values() if tensor.is_floating_point())
             encoder, info = CLIPTextModel.from_pretrained(
                 weights.parent,
+                dtype=next(dtypes, None),  # the file's, so that its tensors stay mapped; config.json may name another
                 variant="fp16" if weights.name.endswith(".fp16.safetensors") else None,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # reported below, by name

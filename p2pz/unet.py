@@ -1,14 +1,15 @@
 """The noise predictor of Stable Diffusion 1.x and 2.x."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p2pz.attention import Attend, Site, attend
-from p2pz.kernels import geglu, layer_norm
+from p2pz.kernels import add_residual, geglu, layer_norm
 from p2pz.layers import (
     Downsample,
     ResnetBlock,
@@ -153,6 +154,25 @@ MINI = UNetConfig(
 )
 
 
+class Conditioning(NamedTuple):
+    """All that a forward pass takes besides latents; constant during a run, so computed once, by `UNet.condition`.
+
+    Attributes:
+        shifts: of all residual blocks, side by side, `[B, S]` or, for the whole batch, `[S]`.
+        keys_values: keys and values of all cross-attention layers, side by side, `[B, M, W]`.
+    """
+
+    shifts: Tensor
+    keys_values: Tensor
+
+
+class Layers(NamedTuple):
+    """A `Conditioning` handed out to the layers, one after the other, in the order in which they run."""
+
+    shifts: Iterator[Tensor]
+    keys_values: Iterator[Tensor]
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens to a context; the arithmetic between projections is the caller's `attend`."""
 
@@ -165,13 +185,29 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_channels, channels, bias=False)
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.register_buffer("to_qkv", None, persistent=False)
 
-    def forward(self, tokens: Tensor, context: Tensor, size: tuple[int, int], attend: Attend) -> Tensor:
-        """`[B, N, C]` tokens and `[B, M, context_channels]` to `[B, N, C]`, `N = size[0] * size[1]`."""
-        q, k, v = (
-            projection(source).unflatten(-1, (self.heads, -1))
-            for projection, source in ((self.to_q, tokens), (self.to_k, context), (self.to_v, context))
-        )
+    def fuse(self) -> None:
+        """Lay the three projections of self-attention out as one matrix, so that one product computes all of them."""
+        if self.kind == "self":
+            projections = self.to_q, self.to_k, self.to_v
+            self.to_qkv = torch.cat([projection.weight for projection in projections])
+            for projection, rows in zip(projections, self.to_qkv.chunk(3), strict=True):
+                projection.weight = nn.Parameter(rows, requires_grad=False)
+
+    def keys_and_values(self, context: Tensor) -> Tensor:
+        """`[B, M, context_channels]` to `[B, M, 2 * C]`."""
+        return torch.cat([self.to_k(context), self.to_v(context)], dim=-1)
+
+    def forward(self, tokens: Tensor, keys_values: Tensor | None, size: tuple[int, int], attend: Attend) -> Tensor:
+        """`[B, N, C]` tokens, and in cross-attention `[B, M, 2 * C]`, to `[B, N, C]`; `N = size[0] * size[1]`."""
+        if keys_values is not None:
+            q, k, v = self.to_q(tokens), *keys_values.chunk(2, dim=-1)
+        elif self.to_qkv is not None:
+            q, k, v = F.linear(tokens, self.to_qkv).chunk(3, dim=-1)
+        else:
+            q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        q, k, v = (states.unflatten(-1, (self.heads, -1)) for states in (q, k, v))
         site = Site(self.path, self.kind, *size, self.heads)
         return self.to_out[0](attend(q, k, v, site).flatten(2))
 
@@ -189,15 +225,15 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width and back."""
+    """GEGLU to four times the width and back, plus a residual."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`[B, N, channels]` to the same shape."""
-        return self.net[2](self.net[0](tokens))
+    def forward(self, tokens: Tensor, residual: Tensor) -> Tensor:
+        """`[B, N, channels]` twice to the same shape."""
+        return add_residual(F.linear(self.net[0](tokens), self.net[2].weight), residual, self.net[2].bias)
 
 
 class TransformerBlock(nn.Module):
@@ -212,14 +248,14 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, tokens: Tensor, context: Tensor, size: tuple[int, int], attend: Attend) -> Tensor:
-        """`[B, N, C]` to `[B, N, C]`."""
+    def forward(self, tokens: Tensor, keys_values: Tensor, size: tuple[int, int], attend: Attend) -> Tensor:
+        """`[B, N, C]` and keys and values of the text, `[B, M, 2 * C]`, to `[B, N, C]`."""
         normed = layer_norm(tokens, self.norm1.weight, self.norm1.bias)
-        attended = self.attn1(normed, normed, size, attend)
+        attended = self.attn1(normed, None, size, attend)
         normed, tokens = layer_norm(attended, self.norm2.weight, self.norm2.bias, residual=tokens)
-        attended = self.attn2(normed, context, size, attend)
+        attended = self.attn2(normed, keys_values, size, attend)
         normed, tokens = layer_norm(attended, self.norm3.weight, self.norm3.bias, residual=tokens)
-        return tokens + self.ff(normed)
+        return self.ff(normed, tokens)
 
 
 class SpatialTransformer(nn.Module):
@@ -234,12 +270,14 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = project(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor, attend: Attend) -> Tensor:
-        """`[B, C, h, w]` to the same shape."""
-        height, width = x.shape[2:]
-        tokens = pointwise(self.proj_in, to_tokens(group_normed(self.norm, x)))
-        tokens = self.transformer_blocks[0](tokens, context, (height, width), attend)
-        return x + to_map(pointwise(self.proj_out, tokens), height, width)
+    def forward(self, summands: tuple[Tensor, Tensor, Tensor], keys_values: Tensor, attend: Attend) -> Tensor:
+        """A residual block's `summands`, unadded, to a map `[B, C, h, w]`; `keys_values` is `[B, M, 2 * C]`."""
+        hidden, carried, bias = summands
+        normed, x = group_normed(self.norm, hidden, shift=bias, residual=carried)
+        tokens = pointwise(self.proj_in, to_tokens(normed))
+        tokens = self.transformer_blocks[0](tokens, keys_values, x.shape[2:], attend)
+        tokens = F.linear(tokens, self.proj_out.weight.flatten(1))
+        return to_map(add_residual(tokens, to_tokens(x), self.proj_out.bias), *x.shape[2:])
 
 
 class Level(nn.Module):
@@ -269,10 +307,12 @@ class Level(nn.Module):
         elif isinstance(resample, Upsample):
             self.upsamplers = nn.ModuleList([resample])
 
-    def layer(self, i: int, x: Tensor, time_embedding: Tensor, context: Tensor, attend: Attend) -> Tensor:
+    def layer(self, i: int, x: Tensor, conditioning: Layers, attend: Attend) -> Tensor:
         """The i-th residual block and, where there is one, the transformer behind it."""
-        x = self.resnets[i](x, time_embedding)
-        return self.attentions[i](x, context, attend) if hasattr(self, "attentions") else x
+        block, shift = self.resnets[i], next(conditioning.shifts)
+        if not hasattr(self, "attentions"):
+            return block(x, shift)
+        return self.attentions[i](block.summands(x, shift), next(conditioning.keys_values), attend)
 
 
 class MiddleLevel(nn.Module):
@@ -288,10 +328,11 @@ class MiddleLevel(nn.Module):
             [SpatialTransformer(channels, config.heads[-1], config, "mid_block.attentions.0")]
         )
 
-    def forward(self, x: Tensor, time_embedding: Tensor, context: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, conditioning: Layers, attend: Attend) -> Tensor:
         """`[B, C, h, w]` to the same shape."""
-        x = self.attentions[0](self.resnets[0](x, time_embedding), context, attend)
-        return self.resnets[1](x, time_embedding)
+        summands = self.resnets[0].summands(x, next(conditioning.shifts))
+        x = self.attentions[0](summands, next(conditioning.keys_values), attend)
+        return self.resnets[1](x, next(conditioning.shifts))
 
 
 class TimeEmbedding(nn.Module):
@@ -346,6 +387,53 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
+    def _residual_blocks(self) -> list[ResnetBlock]:
+        """In the order in which they run."""
+        return [module for module in self.modules() if isinstance(module, ResnetBlock)]
+
+    def _cross_attentions(self) -> list[Attention]:
+        """In the order in which they run."""
+        return [module for module in self.modules() if isinstance(module, Attention) and module.kind == "cross"]
+
+    def fuse(self) -> None:
+        """Lay projections that read the same tokens out as one matrix; once the weights are in their final place."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fuse()
+
+    def condition(self, timesteps: Tensor, context: Tensor) -> Conditioning:
+        """What timesteps and texts mean to the layers; independent of the latents.
+
+        Args:
+            timesteps: `[T]`, training steps (0 to 999): one for each image, or all those of a run.
+            context: text states, `[B, M, context_channels]`, dtype of the weights.
+
+        Returns:
+            Shifts `[T, S]` and keys and values `[B, M, W]`.
+        """
+        features = timestep_embedding(timesteps, self.config.block_out_channels[0])
+        embedding = self.time_embedding(features.to(context.dtype))
+        shifts = torch.cat([block.time_shift(embedding) for block in self._residual_blocks()], dim=-1)
+        return Conditioning(
+            shifts, torch.cat([layer.keys_and_values(context) for layer in self._cross_attentions()], dim=-1)
+        )
+
+    def _split_keys_values(self, keys_values: Tensor) -> tuple[Tensor, ...]:
+        """`[B, M, 2 * C]` of each cross-attention layer."""
+        return keys_values.split([2 * layer.to_v.out_features for layer in self._cross_attentions()], dim=-1)
+
+    def keys(self, keys_values: Tensor) -> dict[str, Tensor]:
+        """Keys of each cross-attention layer, by its path.
+
+        Args:
+            keys_values: see `Conditioning`.
+
+        Returns:
+            `path -> [B, M, H, D]`, views.
+        """
+        parts = zip(self._cross_attentions(), self._split_keys_values(keys_values), strict=True)
+        return {layer.path: part.chunk(2, dim=-1)[0].unflatten(-1, (layer.heads, -1)) for layer, part in parts}
+
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, attend: Attend = attend) -> Tensor:
         """Predict the noise.
 
@@ -358,24 +446,29 @@ class UNet(nn.Module):
         Returns:
             `[B, out_channels, h, w]`: the noise, or v for a v-prediction checkpoint.
         """
-        features = timestep_embedding(timesteps.expand(len(latents)), self.config.block_out_channels[0])
-        time_embedding = self.time_embedding(features.to(latents.dtype))
+        return self.predict(latents, self.condition(timesteps.expand(len(latents)), context), attend)
+
+    def predict(self, latents: Tensor, conditioning: Conditioning, attend: Attend = attend) -> Tensor:
+        """The same with timesteps and context as `condition` leaves them."""
+        widths = [block.conv1.out_channels for block in self._residual_blocks()]
+        shifts = conditioning.shifts.split(widths, dim=-1)
+        layers = Layers(iter(shifts), iter(self._split_keys_values(conditioning.keys_values)))
 
         x = self.conv_in(latents)
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = level.layer(i, x, time_embedding, context, attend)
+                x = level.layer(i, x, layers, attend)
                 skips.append(x)
             if hasattr(level, "downsamplers"):
                 x = level.downsamplers[0](x)
                 skips.append(x)
 
-        x = self.mid_block(x, time_embedding, context, attend)
+        x = self.mid_block(x, layers, attend)
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time_embedding, context, attend)
+                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), layers, attend)
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, tuple(skips[-1].shape[2:]))
 

@@ -16,6 +16,7 @@ from p2pz.editing import edit_latents, map_gradient
 from p2pz.images import psnr, to_tensor
 from p2pz.inversion import draw_offsets, invert_latents
 from p2pz.presets import MINI_SETTINGS, PRESETS, Settings, settings_for
+from p2pz.unet import UNet
 from p2pz.weights import MINI_FOLDER, mini_world
 
 STEPS = 4
@@ -95,6 +96,38 @@ def test_an_image_in_a_batch_is_edited_as_alone(model, pictures, cat_to_dog, gra
     assert psnr(together[0].image, alone.image) < 30  # the other images are other images
 
 
+@pytest.mark.parametrize("negative_prompt", [None, "a photo of a dog"])
+@pytest.mark.parametrize("gradient", ["conditional", "halves"])
+def test_several_directions_give_what_each_gives_alone(model, pictures, cat_to_dog, gradient, negative_prompt):
+    """Among them a change of style, which has other numbers, and in batches that they do not fill evenly."""
+    directions = [cat_to_dog, "photo->sketch", p2pz.direction("cat", "cat with glasses", model=model)]
+    settings = {"model": model, "steps": STEPS, "gradient": gradient, "negative_prompt": negative_prompt}
+    settings |= {"guidance": 2.0, "prompt": "a photo of a cat", "progress": False}
+    together = p2pz.edit(pictures[:2], directions, batch_size=4, **settings)
+    assert [len(row) for row in together] == [3, 3]
+    for picture, results in zip(pictures, together, strict=False):
+        for direction, result in zip(directions, results, strict=True):
+            alone = p2pz.edit(picture, direction, **settings)
+            assert psnr(result.image, alone.image) > 50 and psnr(result.reconstruction, alone.reconstruction) > 50
+    assert psnr(together[0][0].image, together[0][1].image) < 30
+    one_image = p2pz.edit(pictures[0], directions[:2], **settings)
+    assert [psnr(one.image, other.image) > 50 for one, other in zip(one_image, together[0], strict=False)] == [True] * 2
+
+
+def test_several_directions_share_inversion_and_reference_pass(model, pictures, cat_to_dog, monkeypatch):
+    """Of three edits instead of one, only the passes of the edits become more."""
+    rows = []
+    predict = UNet.predict
+    monkeypatch.setattr(UNet, "predict", lambda self, x, *rest: rows.append(len(x)) or predict(self, x, *rest))
+    counts = []
+    for directions in ([cat_to_dog], [cat_to_dog] * 3):
+        p2pz.edit(pictures[0], directions, model=model, steps=2, prompt="a photo of a cat", progress=False)
+        counts.append(sum(rows))
+        rows.clear()
+    inversion, reference, edit = 2, 3, 4  # guidance 1: gradient and prediction of each of two steps
+    assert counts == [inversion + reference + edit, inversion + reference + 3 * edit]
+
+
 def test_same_seed_same_result_and_another_seed_another(model, pictures, cat_to_dog):
     runs = [
         p2pz.edit(
@@ -140,10 +173,10 @@ def test_map_gradient_is_the_derivative_of_the_map_distance(model):
         maps = maps_of(x, states)
         return sum((maps[p] - reference[p]).square().sum((2, 3)).mean(1).sum() for p in reference)
 
-    # predict_noise returns float32 noise, but the maps and the gradient stay in float64
+    # predictions come back as float32, but the maps and the gradient stay in float64
     kept = {}
     double.unet(start, timestep, states[:1].expand(2, -1, -1), keep_queries_and_keys(kept))
-    gradient = map_gradient(double, latents, timestep, 0.5, states, kept)
+    gradient = map_gradient(double, latents, double.condition(timestep[None].expand(2), states), kept)
     step = 1e-5
     slope = (distance(latents + step * along) - distance(latents - step * along)) / (2 * step)
     assert abs((gradient * along).sum() - slope) < 1e-5 * abs(slope)
@@ -203,6 +236,22 @@ def test_half_precision_edits_are_near_float32(model, pictures, cat_to_dog, dtyp
     assert results[1].inversion.latents.isfinite().all()
 
 
+def test_float16_map_gradient_needs_no_loss_scaling(model):
+    """It is as near to float32 as float16 forward passes are, and scaling the loss brings it no nearer."""
+    half = p2pz.load(MINI_FOLDER, device="cpu", dtype=torch.float16)
+    latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for each in (model, half):
+        before, after = (
+            each.condition(torch.tensor([501]), each.encode_text([f"a photo of a {animal}"]))
+            for animal in ("cat", "dog")
+        )
+        kept = {}
+        each.predict(latents, before, keep_queries_and_keys(kept))
+        gradients.append(map_gradient(each, latents, after, kept))
+    assert relative_error(gradients[1], gradients[0]) < 0.01
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_equals_cpu(model, pictures, cat_to_dog):
     cuda = p2pz.load(MINI_FOLDER, device="cuda", dtype=torch.float32)
@@ -211,12 +260,12 @@ def test_cuda_equals_cpu(model, pictures, cat_to_dog):
 
 
 def test_authors_preset_visits_two_steps_less(model, pictures, monkeypatch):
-    visited = []
-    monkeypatch.setattr(
-        type(model.unet), "forward", lambda self, x, t, c, attend: visited.append(int(t)) or torch.zeros_like(x)
-    )
+    told, steps = [], []
+    condition = UNet.condition
+    monkeypatch.setattr(UNet, "condition", lambda self, t, c: told.extend(t.tolist()) or condition(self, t, c))
+    monkeypatch.setattr(UNet, "predict", lambda self, x, *_: steps.append(None) or torch.zeros_like(x))
     p2pz.invert(pictures[0], model=model, preset="authors", steps=50, prompt="a photo", rounds=0, progress=False)
-    assert visited == list(range(21, 962, 20))
+    assert told == list(range(21, 962, 20)) and len(steps) == len(told)
 
 
 def test_presets_are_the_documented_values():
@@ -267,6 +316,8 @@ def test_a_negative_prompt_without_guidance_is_not_ignored_silently(model, pictu
 def test_bad_images_and_directions(model, pictures, cat_to_dog):
     with pytest.raises(ValueError, match="list of images is empty"):
         p2pz.edit([], cat_to_dog, model=model)
+    with pytest.raises(ValueError, match="list of directions is empty"):
+        p2pz.edit(pictures[0], [], model=model)
     with pytest.raises(ValueError, match='looks like "cat->dog"'):
         p2pz.edit(pictures[0], "cat to dog", model=model)
     with pytest.raises(ValueError, match="Direction, not int"):

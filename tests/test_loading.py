@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import p2pz
-from p2pz.sampling import sample_steps
+from p2pz.sampling import sample_latents
+from p2pz.unet import UNet, UNetConfig
 from p2pz.weights import MINI_FOLDER, CheckpointError, find_tensors, load_tensors, read_json
 from p2pz.weights.folder import VAE_RENAMES, rename
 
@@ -237,7 +240,7 @@ def test_sample_equals_diffusers(family, saved, assert_close):
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "latents": noise}
     expected = pipe(prompt, output_type="latent", **settings).images
     states = model.encode_text([""]), model.encode_text([prompt])
-    *_, latents = sample_steps(model, noise, *states, steps, guidance)
+    latents = sample_latents(model, noise, *states, steps, guidance, progress=False)
     assert_close(latents, expected, 1e-3)
 
     picture = np.asarray(p2pz.sample(prompt, model=model, steps=steps, guidance=guidance, seed=5)[0]).astype(int)
@@ -290,6 +293,16 @@ def test_float16_files(variant, folder, assert_close):
     assert_close(half.unet.conv_in.weight, full.unet.conv_in.weight, 1e-3)
 
 
+def test_text_encoder_is_read_in_the_dtype_of_its_file(folder):
+    """Whatever its config.json says; float16 there must not cost a float32 file its precision."""
+    expected = p2pz.load(folder)
+    change_json(folder / "text_encoder/config.json", dtype="float16")
+    model = p2pz.load(folder)
+    assert torch.equal(model.encode_text(SENTENCES[:2]), expected.encode_text(SENTENCES[:2]))
+    fingerprints = {loaded.text_fingerprint for loaded in (expected, model, p2pz.load(folder, dtype=torch.bfloat16))}
+    assert len(fingerprints) == 1
+
+
 def test_fingerprint_tells_text_encoders_apart(saved):
     assert (
         len(
@@ -304,6 +317,79 @@ def test_dtype_and_frozen_parameters(folder):
     for module in (model.unet, model.vae, model.text_encoder):
         assert not module.training
         assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_gpu_and_cpu_get_the_same_weights(dtype, folder):
+    here, there = (p2pz.load(folder, device=device, dtype=dtype) for device in ("cpu", "cuda"))
+    for part in ("unet", "vae", "text_encoder"):
+        expected = getattr(here, part).state_dict()
+        for name, weight in getattr(there, part).state_dict().items():
+            assert weight.is_cuda and weight.stride() == expected[name].stride(), name
+            assert torch.equal(weight.cpu(), expected[name]), name
+
+
+STATUS = Path("/proc/self/status")
+MEASURE_LOADING = """
+import json, sys, threading
+import torch
+import p2pz
+
+
+def anonymous():  # bytes of memory that no file backs
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
+
+
+def watch(done, samples):
+    while not done.wait(0.001):
+        samples.append(anonymous())
+
+
+models, grown = [p2pz.load()], {}  # what imports and first calls allocate is not counted
+for dtype in ("float16", "float32"):
+    done, samples, before = threading.Event(), [], anonymous()
+    watcher = threading.Thread(target=watch, args=(done, samples))
+    watcher.start()
+    models.append(p2pz.load(sys.argv[1], device="cpu", dtype=getattr(torch, dtype)))
+    done.set()
+    watcher.join()
+    grown[dtype] = max(*samples, anonymous()) - before
+print(json.dumps(grown))
+"""
+
+
+@pytest.fixture
+def large_folder(folder):
+    """The tiny folder in float16, with a wide UNet and a wide text encoder: 300 MB, gone after the test."""
+    config = UNetConfig(block_out_channels=(704,), layers_per_block=1, cross_attention=(True,), heads=(8,))
+    (folder / "unet/config.json").write_text(json.dumps(config.to_json()))
+    text_config = CLIPTextConfig(hidden_size=768, num_hidden_layers=1, num_attention_heads=8)
+    text_config.dtype = "float32"  # so says the config.json beside many a float16 file
+    text_config.save_pretrained(folder / "text_encoder")
+    with torch.device("meta"):
+        modules = {UNET_FILE: UNet(config), TEXT: CLIPTextModel(text_config)}
+    for name, module in modules.items():
+        save_file({k: torch.zeros(v.shape, dtype=torch.half) for k, v in module.state_dict().items()}, folder / name)
+    change_tensors(folder / VAE_FILE, lambda tensors: tensors.update({k: v.half() for k, v in tensors.items()}))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(
+    not STATUS.exists() or "RssAnon" not in STATUS.read_text(), reason="needs Linux's account of a process's memory"
+)
+def test_loading_makes_no_second_copy(large_folder):
+    """Memory that no file backs grows by the reordered convolutions in the files' dtype, by all weights in another."""
+    weights = [weight for path in large_folder.glob("*/*.safetensors") for weight in load_file(path).values()]
+    total = sum(weight.nbytes for weight in weights)
+    copied = {"float16": sum(weight.nbytes for weight in weights if weight.ndim == 4), "float32": 2 * total}
+    command = [sys.executable, "-c", MEASURE_LOADING, str(large_folder)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    for dtype, grown in json.loads(output).items():
+        print(f"{dtype}: {grown / 1e6:.0f} MB for {copied[dtype] / 1e6:.0f} MB; files {total / 1e6:.0f} MB")
+        assert abs(grown - copied[dtype]) < 48e6  # if it sees too little, it measures nothing
 
 
 def test_environment_names_the_default_model(saved, tmp_path, monkeypatch):

@@ -1,0 +1,147 @@
+"""Runs the steps of a method: one after the other, and on a GPU as replays of one CUDA graph.
+
+A step is a function `step(index, state, constants) -> state` on tensors. What changes from step to step lies in tables
+among the constants, whose row `index` a step reads, so that nothing has to come from the host during a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+Tensors = Sequence[Tensor]
+Step = Callable[[Tensor, Tensors, Tensors], Tensors]
+
+MOST_GRAPHS = 40
+"""The oldest graph makes room for a new one. An edit takes five, and others for images of another size."""
+
+
+def row(table: Tensor, index: Tensor) -> Tensor:
+    """Row of a table at `index`, a tensor `[1]`, without asking the device which."""
+    return table.index_select(0, index)[0]
+
+
+class CudaGraph:
+    """A function on tensors, recorded once; a call copies its arguments to fixed places and replays it.
+
+    Args:
+        function: must not synchronise with the host.
+        arguments: an example of them.
+        pool: memory that graphs share which never run at the same time.
+    """
+
+    def __init__(self, function: Callable[..., Tensors], arguments: Tensors, pool: tuple[int, int]):
+        self.arguments = [torch.empty_like(tensor).copy_(tensor) for tensor in arguments]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles kernels and lets libraries allocate: neither can be recorded
+            function(*self.arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what the trial run took would lie beside the graph's own memory
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self.results = function(*self.arguments)
+
+    def load(self, arguments: Tensors) -> None:
+        """Copy arguments to where the graph reads them."""
+        for place, tensor in zip(self.arguments, arguments, strict=True):
+            place.copy_(tensor)
+
+    def replay(self) -> Tensors:
+        """The results, in memory that the next replay overwrites."""
+        self._graph.replay()
+        return self.results
+
+
+@dataclass
+class Graphs:
+    """Recorded graphs of a model.
+
+    Attributes:
+        record: on a GPU. False runs everything step by step, with the same results but for rounding.
+        graphs: by kind of work and shapes of the arguments.
+        pool: memory that the graphs share.
+    """
+
+    record: bool = True
+    graphs: dict[Hashable, CudaGraph] = field(default_factory=dict)
+    pool: tuple[int, int] | None = None
+
+    def _records(self, arguments: Tensors) -> bool:
+        return self.record and arguments[0].device.type == "cuda"
+
+    def find(self, kind: Hashable, function: Callable[..., Tensors], arguments: Tensors) -> CudaGraph:
+        """The graph of `function`, recorded now if there is none yet.
+
+        Args:
+            kind: names the function and all that is fixed in it.
+            function: see `CudaGraph`.
+            arguments: on one GPU.
+        """
+        key = kind, tuple((tensor.shape, tensor.dtype) for tensor in arguments)
+        if key not in self.graphs:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            while len(self.graphs) >= MOST_GRAPHS:
+                del self.graphs[next(iter(self.graphs))]
+            self.graphs[key] = CudaGraph(function, arguments, self.pool)
+        return self.graphs[key]
+
+    def call(self, kind: Hashable, function: Callable[..., Tensors], arguments: Tensors) -> Tensors:
+        """`function(*arguments)`, as a graph if the arguments are on a GPU."""
+        if not self._records(arguments):
+            return function(*arguments)
+        graph = self.find(kind, function, arguments)
+        graph.load(arguments)
+        return [result.clone() for result in graph.replay()]
+
+    def run(
+        self,
+        kind: Hashable,
+        step: Step,
+        state: Tensors,
+        constants: Tensors,
+        count: int,
+        label: str,
+        hide_progress: bool | None,
+    ) -> Tensors:
+        """Repeat a step.
+
+        Args:
+            kind: names the step and all that is fixed in it.
+            step: `step(index, state, constants) -> state`; the index, a tensor `[1]`, counts from 0.
+            state: what the first step begins with.
+            constants: tensors, tables among them.
+            count: number of steps.
+            label: of the progress bar.
+            hide_progress: as tqdm's `disable`.
+
+        Returns:
+            The state after the last step.
+        """
+        index = torch.zeros(1, dtype=torch.int64, device=state[0].device)
+        if not self._records(state):
+            for _ in tqdm(range(count), label, disable=hide_progress, leave=False):
+                state = step(index, state, constants)
+                index = index + 1
+            return state
+
+        def advance(index: Tensor, *tensors: Tensor) -> Tensors:
+            places = tensors[: len(state)]
+            torch._foreach_copy_(places, step(index, places, tensors[len(state) :]))
+            index += 1
+            return places
+
+        arguments = [index, *state, *constants]
+        graph = self.find(kind, advance, arguments)
+        graph.load(arguments)
+        bar = tqdm(range(count), label, disable=hide_progress, leave=False)
+        for _ in bar:
+            graph.replay()
+            if not bar.disable:
+                torch.cuda.current_stream().synchronize()  # or the bar would run ahead of the work
+        return [result.clone() for result in graph.results]

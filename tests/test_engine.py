@@ -1,0 +1,68 @@
+"""Steps give the same whether they run one by one or as a recorded graph."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import p2pz
+from p2pz.engine import MOST_GRAPHS, Graphs, row
+from p2pz.images import psnr
+from p2pz.weights import MINI_FOLDER, mini_world
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def step(index, state, constants):
+    """Reads a row of a table, and swaps and changes its state."""
+    (a, b), (table, scale) = state, constants
+    return b, a * scale + row(table, index)
+
+
+def expected(a, b, table, scale, count):
+    for i in range(count):
+        a, b = b, a * scale + table[i]
+    return a, b
+
+
+@pytest.mark.parametrize("record", [False, pytest.param(True, marks=needs_gpu)])
+def test_run(device, record):
+    graphs = Graphs(record=record)
+    for seed in range(2):  # the second run reuses the graph of the first, with other numbers
+        torch.manual_seed(seed)
+        a, b, table, scale = (torch.randn(shape, device=device) for shape in ((3, 2), (3, 2), (7, 3, 2), ()))
+        for count in (1, 5):
+            done = graphs.run("test", step, [a, b], [table, scale], count, "testing", True)
+            for result, wanted in zip(done, expected(a, b, table, scale, count), strict=True):
+                assert torch.equal(result, wanted)
+        assert torch.equal(graphs.call("sum", lambda a, b: [a + b], [a, b])[0], a + b)
+    assert len(graphs.graphs) == (2 if record else 0)
+
+
+@needs_gpu
+def test_results_survive_the_next_run(device):
+    graphs = Graphs()
+    first = graphs.call("double", lambda x: [2 * x], [torch.ones(3, device=device)])[0]
+    second = graphs.call("double", lambda x: [2 * x], [torch.full((3,), 5.0, device=device)])[0]
+    assert first.tolist() == [2.0] * 3 and second.tolist() == [10.0] * 3
+
+
+@needs_gpu
+def test_old_graphs_make_room(device):
+    graphs = Graphs()
+    for size in range(1, MOST_GRAPHS + 3):
+        assert graphs.call("double", lambda x: [2 * x], [torch.ones(size, device=device)])[0].sum() == 2 * size
+    assert len(graphs.graphs) == MOST_GRAPHS
+
+
+@needs_gpu
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_edit_is_the_same_with_and_without_graphs(guidance):
+    model = p2pz.load(MINI_FOLDER, device="cuda", dtype=torch.float32)
+    picture = mini_world.render(mini_world.task_pair("cat->dog", 0)[0])
+    settings = {"steps": 4, "guidance": guidance, "autocorrelation_strength": 20.0, "progress": False}
+    models = [model, replace(model, graphs=Graphs(record=False))]
+    recorded, plain = (p2pz.edit(picture, "cat->dog", model=each, **settings) for each in models)
+    again = p2pz.edit(picture, "cat->dog", model=model, **settings)
+    assert psnr(recorded.image, plain.image) > 60 and psnr(recorded.image, again.image) > 100
+    assert model.graphs.graphs and not models[1].graphs.graphs
