@@ -4,7 +4,9 @@ Every function takes `backend`: `"auto"` runs the kernel on CUDA tensors that it
 `"torch"` and `"triton"` insist.
 """
 
+from p2pz.kernels.convolution import conv3x3
 from p2pz.kernels.cross_attention import attend_with_probabilities, attention_probabilities, attention_with_maps
+from p2pz.kernels.dispatch import compile_ahead
 from p2pz.kernels.gating import geglu
 from p2pz.kernels.map_editing import edited_attention
 from p2pz.kernels.map_guidance import guided_attention
@@ -27,6 +29,8 @@ __all__ = [
     "attention_with_maps",
     "autocorrelation_gradient",
     "autocorrelation_loss",
+    "compile_ahead",
+    "conv3x3",
     "edited_attention",
     "geglu",
     "group_norm",

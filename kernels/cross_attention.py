@@ -9,6 +9,7 @@ from p2pz.kernels.dispatch import (
     KERNEL_DTYPES,
     check_attention,
     choose_triton,
+    launch,
     library_op,
     score_scale,
     tl,
@@ -358,7 +359,9 @@ def _cross_attention(
     if maps == "mean" and q.element_size() == 2 and q.shape[3] <= 64 and tiles["BLOCK_M"] <= 128:
         tiles["num_stages"] = 2  # where there is room, a head's tiles are loaded while the one before is computed
     grid = (1 if maps == "mean" else heads, triton.cdiv(count, tiles["BLOCK_N"]), batch)
-    _forward_kernel[grid](
+    launch(
+        _forward_kernel,
+        grid,
         q,
         k,
         v,
@@ -417,7 +420,8 @@ def _query_gradient(
     dq = _query_gradient_fake(*tensors)
     batch, count, heads, _ = q.shape
     tiles = plan(q, k.shape[1], batch * heads)
-    _query_gradient_kernel[(heads, triton.cdiv(count, tiles["BLOCK_N"]), batch)](*tensors, dq, **named, **tiles)
+    grid = (heads, triton.cdiv(count, tiles["BLOCK_N"]), batch)
+    launch(_query_gradient_kernel, grid, *tensors, dq, **named, **tiles)
     return dq
 
 
@@ -466,8 +470,18 @@ def _key_gradient(
     chunk = triton.cdiv(blocks, chunks) * tiles["BLOCK_N"]
     chunks = triton.cdiv(count, chunk)
     sums = k.new_empty((chunks, *k.shape), dtype=k.dtype if chunks == 1 else torch.float32)
-    _key_gradient_kernel[(chunks * parts, heads, batch)](
-        *tensors, sums, B=batch, chunk=chunk, VALUES=values, BLOCK_D=block_d, **named, **tiles
+    grid = (chunks * parts, heads, batch)
+    launch(
+        _key_gradient_kernel,
+        grid,
+        *tensors,
+        sums,
+        B=batch,
+        chunk=chunk,
+        VALUES=values,
+        BLOCK_D=block_d,
+        **named,
+        **tiles,
     )
     return sums[0] if chunks == 1 else sums.sum(0).to(k.dtype)
 

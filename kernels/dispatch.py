@@ -1,9 +1,12 @@
 """What happens before a launch: arguments are checked, and the torch reference or the Triton kernel is chosen."""
 
+import contextlib
+import contextvars
 import functools
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -24,6 +27,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "y
 """Whether Triton runs kernels in its interpreter, which takes CPU tensors. It reads that variable at import, too."""
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_compile_only: contextvars.ContextVar[bool] = contextvars.ContextVar("compile_only", default=False)
 
 
 def choose_triton(backend: str, unsupported: str | None, *tensors: Tensor) -> bool:
@@ -72,6 +77,39 @@ def library_op(name: str) -> Callable:
         return torch.library.custom_op(name, on_its_gpu, mutates_args=())
 
     return register
+
+
+def launch(kernel: Callable, grid: tuple[int, ...], /, *args, **kwargs) -> None:
+    """Launch a kernel or, within `compile_ahead`, only have it compiled for these arguments."""
+    if _compile_only.get():
+        kernel.warmup(*args, grid=grid, **kwargs)
+    else:
+        kernel[grid](*args, **kwargs)
+
+
+def compile_ahead(function: Callable, *args) -> None:
+    """Compile what `function(*args)` launches, many kernels at a time; one after the other, they take a minute.
+
+    The function runs as ever, backward passes too, but its kernels do not: what they would have written is whatever
+    memory held, so results mean nothing, and arguments that the function changes are spoilt.
+
+    An error ends this early and is left to the real run, which meets and reports it. In the interpreter, and with a
+    Triton that cannot compile in other threads (before 3.5), nothing happens.
+    """
+    if INTERPRETED or not hasattr(triton, "AsyncCompileMode"):
+        return
+
+    def dry_run():
+        _compile_only.set(True)
+        with triton.AsyncCompileMode(executor):  # waits, at its end, for all that was handed to the executor
+            function(*args)
+
+    with (
+        contextlib.suppress(Exception),
+        torch.autograd.set_multithreading_enabled(False),  # autograd's own threads would not know the context
+        ThreadPoolExecutor() as executor,
+    ):
+        contextvars.copy_context().run(dry_run)  # a copy, since Triton 3.6 stays in its mode after an error
 
 
 def check_attention(q: Tensor, **keys: Tensor) -> None:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.dispatch import choose_triton, library_op, tl, triton, unit_stride
+from p2pz.kernels.dispatch import choose_triton, launch, library_op, tl, triton, unit_stride
 
 TILE = (1, 512, 2)
 """Rows, columns and warps of a tile: 16 values and 16 gates per thread. 256 divides every inner width of SD."""
@@ -113,8 +113,18 @@ def _geglu(x: Tensor, bias: Tensor | None, tile: list[int]) -> Tensor:
     block_r, block_c, warps = tile or TILE
     y = torch.empty((*x.shape[:-1], inner), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(len(x_rows), block_r) * triton.cdiv(inner, block_c),)
-    _geglu_kernel[grid](
-        x_rows, bias, y, x_rows.stride(0), len(x_rows), inner, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps
+    launch(
+        _geglu_kernel,
+        grid,
+        x_rows,
+        bias,
+        y,
+        x_rows.stride(0),
+        len(x_rows),
+        inner,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        num_warps=warps,
     )
     return y
 
@@ -132,7 +142,9 @@ def _geglu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tile: list[int])
     block_r, block_c, warps = tile or TILE
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(len(x_rows), block_r) * triton.cdiv(inner, block_c),)
-    _geglu_backward_kernel[grid](
+    launch(
+        _geglu_backward_kernel,
+        grid,
         dy_rows,
         x_rows,
         bias,

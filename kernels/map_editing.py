@@ -7,6 +7,7 @@ from p2pz.kernels.cross_attention import attend_with_probabilities, attention_pr
 from p2pz.kernels.dispatch import (
     check_attention,
     choose_triton,
+    launch,
     library_op,
     score_scale,
     tl,
@@ -128,7 +129,8 @@ def edited_attention_op(
     keys, reference_keys = k.shape[1], k_reference.shape[1]
     sizes = plan(q, max(keys, reference_keys), batch * heads) | {"M": keys, "R": reference_keys}
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    edited_forward[triton.cdiv(count, sizes["BLOCK_N"]), heads, batch](
+    launch(
+        edited_forward, (triton.cdiv(count, sizes["BLOCK_N"]), heads, batch),
         q, k, v, q_reference, k_reference, mapping, mix, weights, out,
         *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference),
         _image_stride(mapping, 3), 0 if mapping is None else mapping.stride(-2),

@@ -7,6 +7,7 @@ from p2pz.kernels.cross_attention import attend_with_probabilities, attention_pr
 from p2pz.kernels.dispatch import (
     check_attention,
     choose_triton,
+    launch,
     library_op,
     score_scale,
     tl,
@@ -142,7 +143,8 @@ def guided_attention_op(
     blocks = triton.cdiv(count, sizes["BLOCK_N"])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     losses = torch.empty(batch, heads * blocks, dtype=torch.float32, device=q.device)
-    guided_forward[blocks, heads, batch](
+    launch(
+        guided_forward, (blocks, heads, batch),
         q, k, v, q_reference, k_reference, out, losses,
         *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference),
         count, score_scale(q), heads, **sizes,
@@ -170,7 +172,8 @@ def guided_attention_backward_op(
     batch, count, heads, width = q.shape
     sizes = plan(q, k.shape[1], batch * heads)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    guided_backward[triton.cdiv(count, sizes["BLOCK_N"]), heads, batch](
+    launch(
+        guided_backward, (triton.cdiv(count, sizes["BLOCK_N"]), heads, batch),
         q, k, v, q_reference, k_reference, dout, dloss, dq,
         *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference), *layout(dout),
         0 if dloss is None else dloss.stride(0),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.dispatch import choose_triton, library_op, tl, triton, unit_stride
+from p2pz.kernels.dispatch import choose_triton, launch, library_op, tl, triton, unit_stride
 
 MAX_GROUP_WIDTH = 1024
 MAX_ROW_WIDTH = 8192
@@ -448,12 +448,12 @@ def _group_norm(
     shared = {"p_weight": unit_stride(weight), "p_bias": unit_stride(bias), "p_partial": partial, "p_y": y}
     shared |= {"p_statistics": statistics, "eps": eps, "SILU": silu}
     p_sum = None if residual is None else total
-    _group_norm_kernel[grid](p_x=x, p_residual=residual, p_sum=p_sum, **shared, **first)
+    launch(_group_norm_kernel, grid, p_x=x, p_residual=residual, p_sum=p_sum, **shared, **first)
     if partial is not None:
         second |= {"p_x": x} if residual is None else {"p_x": total, "p_shift": None}
         blocks, tiles, batch = finish_grid
         tiles = min(tiles, max(64, 2048 // (batch * blocks)))  # programs of many tiles: each reads all the moments
-        _group_norm_finish_kernel[(blocks, tiles, batch)](CHUNK=first["CHUNK"], **shared, **second)
+        launch(_group_norm_finish_kernel, (blocks, tiles, batch), CHUNK=first["CHUNK"], **shared, **second)
     return y, total, statistics
 
 
@@ -475,9 +475,9 @@ def _group_norm_backward(
     grid, first, finish_grid, second, partial = _launches(x, groups, shift, plan, True)
     shared = {"p_dy": dy, "p_dsum": dsum, "p_x": x, "p_weight": unit_stride(weight), "p_bias": unit_stride(bias)}
     shared |= {"p_statistics": statistics, "p_partial": partial, "p_dx": dx, "SILU": silu}
-    _group_norm_backward_kernel[grid](**shared, **first)
+    launch(_group_norm_backward_kernel, grid, **shared, **first)
     if partial is not None:
-        _group_norm_backward_finish_kernel[finish_grid](**shared, **second)
+        launch(_group_norm_backward_finish_kernel, finish_grid, **shared, **second)
     return dx
 
 
@@ -538,7 +538,8 @@ def _layer_norm(
     total = x.new_empty(0 if residual is None else x.shape)
     statistics = torch.empty((2, len(x_rows)), dtype=torch.float32, device=x.device)
     shared = _row_tile(width, tile)
-    _layer_norm_kernel[(triton.cdiv(len(x_rows), shared["BLOCK_R"]),)](
+    launch(
+        _layer_norm_kernel, (triton.cdiv(len(x_rows), shared["BLOCK_R"]),),
         x_rows, residual_rows, unit_stride(weight), unit_stride(bias), y, None if residual is None else total,
         statistics, x_rows.stride(0), 0 if residual is None else residual_rows.stride(0), len(x_rows), eps, **shared,
     )  # fmt: skip
@@ -561,7 +562,8 @@ def _layer_norm_backward(
     dsum_rows = None if dsum is None else unit_stride(dsum.reshape(-1, width))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     shared = _row_tile(width, tile)
-    _layer_norm_backward_kernel[(triton.cdiv(len(x_rows), shared["BLOCK_R"]),)](
+    launch(
+        _layer_norm_backward_kernel, (triton.cdiv(len(x_rows), shared["BLOCK_R"]),),
         dy_rows, dsum_rows, x_rows, unit_stride(weight), statistics, dx,
         dy_rows.stride(0), 0 if dsum is None else dsum_rows.stride(0), x_rows.stride(0), len(x_rows), **shared,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.dispatch import choose_triton, library_op, tl, triton
+from p2pz.kernels.dispatch import choose_triton, launch, library_op, tl, triton
 
 COARSEST = 8  # the pyramid ends at the first level of at most this height
 
@@ -504,7 +504,9 @@ def _autocorrelation(noise: Tensor, offsets: Tensor, form: str, gradient: bool) 
     tile, warps = TILES["loss"]
     positions = triton.next_power_of_2(height * width)
     strides = offsets.stride() if form == "random" else (0, 0, 0)
-    _loss_kernel[(batch * channels,)](
+    launch(
+        _loss_kernel,
+        (batch * channels,),
         noise,
         offsets,
         scratch,
@@ -565,7 +567,9 @@ def _regularise_noise(
     positions = triton.next_power_of_2(height * width)
     padded_channels = triton.next_power_of_2(channels)
     strides = offsets.stride() if form == "random" else (0, 0, 0, 0, 0)
-    _regularise_kernel[(batch,)](
+    launch(
+        _regularise_kernel,
+        (batch,),
         noise,
         offsets,
         scratch,

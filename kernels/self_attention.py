@@ -15,6 +15,7 @@ from p2pz.kernels.cross_attention import short_attention
 from p2pz.kernels.dispatch import (
     check_attention,
     choose_triton,
+    launch,
     library_op,
     score_scale,
     split_width,
@@ -318,7 +319,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logsum = torch.empty(batch, heads, count, dtype=torch.float32, device=q.device)
     block_n, block_m, warps, stages = _tiles("forward", q)
-    _forward_kernel[triton.cdiv(count, block_n), batch * heads](
+    launch(
+        _forward_kernel, (triton.cdiv(count, block_n), batch * heads),
         q, k, v, out, logsum, score_scale(q), count, keys, **_layout(q=q, k=k, v=v),
         H=heads, **_parts(q), BLOCK_N=block_n, BLOCK_M=block_m, RAGGED=keys % block_m != 0,
         num_warps=warps, num_stages=stages,
@@ -347,13 +349,15 @@ def _attention_backward(
     scale = score_scale(q)
 
     block_n, block_m, warps, stages = _tiles("query_gradient", q)
-    _query_gradient_kernel[triton.cdiv(count, block_n), batch * heads](
+    launch(
+        _query_gradient_kernel, (triton.cdiv(count, block_n), batch * heads),
         q, k, v, out, dout, logsum, delta, dq, scale, count, keys, **common,
         BLOCK_N=block_n, BLOCK_M=block_m, RAGGED=keys % block_m != 0, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if with_keys:
         block_n, block_m, warps, stages = _tiles("key_gradient", q)
-        _key_gradient_kernel[triton.cdiv(keys, block_m), batch * heads](
+        launch(
+            _key_gradient_kernel, (triton.cdiv(keys, block_m), batch * heads),
             q, k, v, dout, logsum, delta, dk, dv, scale, count, keys, **common,
             BLOCK_N=block_n, BLOCK_M=block_m, RAGGED=count % block_n != 0, num_warps=warps, num_stages=stages,
         )  # fmt: skip

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from p2pz.kernels import compile_ahead
+
 Tensors = Sequence[Tensor]
 Step = Callable[[Tensor, Tensors, Tensors], Tensors]
 
@@ -38,8 +40,10 @@ class CudaGraph:
         self.arguments = [torch.empty_like(tensor).copy_(tensor) for tensor in arguments]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles kernels and lets libraries allocate: neither can be recorded
-            function(*self.arguments)
+        with torch.cuda.stream(stream):
+            compile_ahead(function, *self.arguments)
+            self.load(arguments)  # the dry run spoilt those that the function changes
+            function(*self.arguments)  # lets libraries allocate, which cannot be recorded
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the trial run took would lie beside the graph's own memory

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2pz.kernels import add_residual, group_norm
+from p2pz.kernels import add_residual, conv3x3, group_norm
 
 
 def group_normed(
@@ -15,11 +15,6 @@ def group_normed(
     With a residual a pair of that and of the sum.
     """
     return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, shift=shift, residual=residual)
-
-
-def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The convolution without its bias: whatever reads the result next adds it, which saves a pass over memory."""
-    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 
 class ResnetBlock(nn.Module):
@@ -53,7 +48,8 @@ class ResnetBlock(nn.Module):
         return self.time_emb_proj(F.silu(time_embedding)) + self.conv1.bias
 
     def summands(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The block's result as three summands, for a reader who adds while reading.
+        """The block's result as three summands, for a reader who adds while reading; so no pass over memory is spent
+        on biases.
 
         Args:
             x: `[B, in_channels, h, w]`.
@@ -63,9 +59,9 @@ class ResnetBlock(nn.Module):
             The second convolution without its bias, `[B, out_channels, h, w]`; what is carried past both, same shape;
             the bias, `[out_channels]`.
         """
-        hidden = convolved(self.conv1, group_normed(self.norm1, x, silu=True))
+        hidden = conv3x3(group_normed(self.norm1, x, silu=True), self.conv1.weight)
         shift = self.conv1.bias if shift is None else shift
-        hidden = convolved(self.conv2, group_normed(self.norm2, hidden, silu=True, shift=shift))
+        hidden = conv3x3(group_normed(self.norm2, hidden, silu=True, shift=shift), self.conv2.weight)
         if self.conv_shortcut is not None:
             x = to_map(pointwise(self.conv_shortcut, to_tokens(x)), *x.shape[2:])
         return hidden, x, self.conv2.bias

@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 
-from p2pz.kernels import dispatch
-from p2pz.kernels.dispatch import choose_triton, split_width
+from p2pz.kernels import dispatch, gating
+from p2pz.kernels.dispatch import choose_triton, compile_ahead, launch, split_width, tl, triton
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 WITHOUT_TRITON = """
 import sys
@@ -58,3 +60,99 @@ def test_parts_of_a_head(width, element_size):
     least = 128 // element_size
     assert width <= sum(parts) <= max(least, 1 << (width - 1).bit_length())
     assert all(part & (part - 1) == 0 and part >= least for part in parts if part) and parts[0] > parts[1]
+
+
+class Recorder:
+    """Stands for a Triton kernel, and notes what is asked of it."""
+
+    def __init__(self):
+        self.launched, self.compiled = [], []
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launched.append((grid, args, kwargs))
+
+    def warmup(self, *args, grid, **kwargs):
+        self.compiled.append((grid, args, kwargs))
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
+
+
+@pytest.fixture
+def in_background(monkeypatch):
+    """Triton seems to compile, as on a GPU, and is one that can do so in other threads."""
+    if not hasattr(triton, "AsyncCompileMode"):
+        pytest.skip("this Triton compiles in the calling thread only")
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+
+
+def test_launch(recorder):
+    launch(recorder, (2, 3), 1, N=2)
+    assert recorder.launched == [((2, 3), (1,), {"N": 2})] and not recorder.compiled
+
+
+def test_compiling_ahead_launches_nothing(device, in_background, recorder, monkeypatch, poisoned_memory):
+    """Neither the forward nor the backward pass, which autograd runs in a thread of its own on a GPU."""
+    monkeypatch.setattr(gating, "_geglu_kernel", recorder)
+    monkeypatch.setattr(gating, "_geglu_backward_kernel", recorder)
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    results = []
+
+    def both_ways(x):
+        y = gating.geglu(x, backend="triton")
+        results.extend((y, *torch.autograd.grad(y.sum(), x)))
+
+    monkeypatch.setattr(gating, "choose_triton", lambda *_: True)
+    assert compile_ahead(both_ways, x) is None
+    assert [result.isnan().all().item() for result in results] == [True, True]
+    assert len(recorder.compiled) == 2 and not recorder.launched
+    both_ways(x)
+    assert len(recorder.compiled) == 2 and len(recorder.launched) == 2
+    assert [kwargs for *_, kwargs in recorder.launched] == [kwargs for *_, kwargs in recorder.compiled]
+
+
+def test_errors_are_left_to_the_real_run(in_background, recorder):
+    def fail():
+        launch(recorder, (1,))
+        raise RuntimeError("out of memory")
+
+    for _ in range(2):  # whatever the first time leaves behind must not stop the second
+        compile_ahead(fail)
+    assert len(recorder.compiled) == 2
+    launch(recorder, (1,))
+    assert len(recorder.launched) == 1
+
+
+@pytest.mark.parametrize("why", ["interpreted", "old"])
+def test_nothing_to_compile_ahead(why, monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETED", why == "interpreted")
+    if why == "old":
+        monkeypatch.delattr(triton, "AsyncCompileMode", raising=False)
+    compile_ahead(pytest.fail, "ran")
+
+
+@triton.jit
+def _broken_kernel(p_x):
+    tl.static_assert(False, "broken on purpose")
+
+
+@needs_gpu
+def test_compiled_ahead_is_compiled(device, in_background, poisoned_memory, assert_close):
+    x = torch.randn(5, 72, device=device)
+    tile = [2, 64, 1]  # that nothing else uses
+    cache = gating._geglu_kernel.device_caches[device.index or 0][0]
+    before, results = len(cache), []
+    compile_ahead(lambda: results.append(gating._geglu(x, None, tile)))
+    assert len(cache) == before + 1 and results[0].isnan().all()
+    assert_close(gating._geglu(x, None, tile), gating.geglu_reference(x.double()))
+    assert len(cache) == before + 1
+
+
+@needs_gpu
+def test_a_kernel_that_does_not_compile(device, in_background):
+    x = torch.ones(1, device=device)
+    compile_ahead(lambda: launch(_broken_kernel, (1,), x))
+    with pytest.raises(triton.CompilationError, match="broken on purpose"):
+        launch(_broken_kernel, (1,), x)

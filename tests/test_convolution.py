@@ -1,0 +1,264 @@
+import pytest
+import torch
+
+from p2pz.kernels import convolution
+from p2pz.kernels.convolution import conv3x3, conv3x3_reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def channels_last(tensor):
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def inputs(shape, channels_out, device, dtype=torch.float16):
+    """x, weight, bias, residual, and a slope of the output; channels-last."""
+    batch, channels, height, width = shape
+    x = channels_last(torch.randn(shape, device=device).to(dtype))
+    weight = torch.randn(channels_out, channels, 3, 3, device=device) / (3 * channels**0.5)
+    bias = torch.randn(channels_out, device=device).to(dtype)
+    residual, slope = (torch.randn(batch, channels_out, height, width, device=device).to(dtype) for _ in range(2))
+    return x, channels_last(weight.to(dtype)), bias, channels_last(residual), channels_last(slope)
+
+
+def results(function, x, weight, bias, residual, slope):
+    """Output and gradients to x and the residual, if there is one."""
+    wanted = [tensor.detach().requires_grad_() for tensor in (x, residual) if tensor is not None]
+    y = function(wanted[0], weight, bias, None if residual is None else wanted[1])
+    return [y, *torch.autograd.grad(y, wanted, slope)]
+
+
+def check(x, weight, bias, residual, slope, assert_close, tile=None):
+    """The kernel against the reference in float64, and against the reference's error in the dtype of x.
+
+    The kernel is called with a plan of its own, or with `tile`.
+    """
+
+    def kernel(*tensors):
+        if tile:
+            return convolution._conv3x3(*tensors, tile)
+        return conv3x3(*tensors, backend="triton")
+
+    tensors = (x, weight, bias, residual, slope)
+    ours = results(kernel, *tensors)
+    plain = results(conv3x3_reference, *tensors)
+    exact = results(conv3x3_reference, *(None if tensor is None else tensor.double() for tensor in tensors))
+    for name, actual, other, expected in zip(("y", "dx", "residual"), ours, plain, exact, strict=False):
+        plain_error = ((other.double() - expected).norm() / expected.norm()).item()
+        assert actual.dtype == x.dtype, name
+        assert_close(actual, expected, min(BOUNDS[x.dtype], 2 * plain_error + 1e-4))
+    assert ours[0].is_contiguous(memory_format=torch.channels_last)
+    assert ours[1].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_out", "dtype", "bias_dtype", "has_residual", "tile"),
+    [  # tile: BLOCK_M, BLOCK_N, BLOCK_K, splits, warps, stages
+        ((1, 64, 8, 8), 64, torch.float16, torch.float16, True, [64, 64, 64, 1, 4, 4]),
+        ((1, 64, 8, 8), 64, torch.float16, torch.float16, True, [64, 64, 64, 9, 4, 4]),  # a split per tap
+        ((3, 70, 5, 7), 24, torch.float16, torch.float32, True, [64, 64, 64, 5, 4, 3]),  # nothing is a multiple
+        ((3, 24, 7, 5), 70, torch.bfloat16, torch.bfloat16, True, [64, 64, 64, 1, 4, 3]),
+        ((2, 136, 3, 4), 40, torch.bfloat16, None, True, [64, 64, 64, 4, 4, 3]),
+        ((2, 128, 6, 4), 72, torch.float16, torch.float16, False, [64, 64, 128, 2, 4, 3]),
+        ((1, 65, 9, 16), 130, torch.float16, None, False, [128, 128, 64, 2, 8, 3]),
+        ((1, 3, 1, 1), 1, torch.float16, torch.float16, True, [64, 64, 64, 1, 4, 3]),
+        ((1, 8, 1, 1), 8, torch.float16, torch.float16, True, [64, 64, 64, 2, 4, 3]),
+        ((1, 1, 1, 5), 5, torch.float16, torch.float16, True, [64, 64, 64, 7, 4, 3]),
+    ],
+    ids=str,
+)
+def test_conv3x3(shape, channels_out, dtype, bias_dtype, has_residual, tile, device, assert_close):
+    x, weight, bias, residual, slope = inputs(shape, channels_out, device, dtype)
+    bias = None if bias_dtype is None else bias.to(bias_dtype)
+    check(x, weight, bias, residual if has_residual else None, slope, assert_close, tile)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 8, 8), (3, 64, 8, 8), (1, 24, 19, 13), (1, 8, 41, 25)], ids=str)
+def test_every_row_of_the_plan(shape, device, assert_close):
+    check(*inputs(shape, 16, device), assert_close)
+
+
+def test_plan():
+    """No split is empty, whatever the channels."""
+    for positions in (1, 64, 192, 256, 512, 768, 1024, 4096, 1 << 20):
+        for channels_in, channels_out in ((1, 1), (64, 8), (320, 640), (2560, 1280), (1280, 2560)):
+            _, _, block_k, splits, *_ = convolution.plan(positions, channels_in, channels_out)
+            assert 1 <= splits <= 9 * -(-channels_in // block_k)
+
+
+def test_each_tap(device):
+    """A weight of a single one shifts the map, exactly; its gradient shifts back."""
+    x = channels_last(torch.randn(2, 8, 4, 5, device=device).half()).requires_grad_()
+    for tap in range(9):
+        weight = torch.zeros(8, 8, 9, device=device, dtype=torch.float16)
+        weight[:, :, tap] = torch.eye(8).roll(1, 0)
+        weight = weight.view(8, 8, 3, 3)
+        y, expected = convolution._conv3x3(x, weight, None, None, [64, 64, 64, 1, 4, 3]), conv3x3_reference(x, weight)
+        assert torch.equal(y, expected)
+        assert torch.equal(torch.autograd.grad(y, x, y)[0], torch.autograd.grad(expected, x, y)[0])
+
+
+def test_rounds_once(device):
+    """In float16, 2048 + 1 is 2048: the sum of both small terms would be lost."""
+    x, one = torch.full((1, 8, 2, 2), 2048.0, device=device).half(), torch.ones(1, 8, 2, 2, device=device).half()
+    weight = torch.zeros(8, 8, 3, 3, device=device).half()
+    weight[:, 0, 1, 1] = 1
+    for splits in (1, 3):
+        assert (convolution._conv3x3(x, weight, one[0, :, 0, 0], one, [64, 64, 64, splits, 4, 3]) == 2050).all()
+
+
+def test_layouts(device):
+    """Memory that is not channels-last is copied."""
+    x, weight, bias, residual, slope = inputs((2, 24, 5, 6), 16, device)
+    wanted = results(lambda *tensors: conv3x3(*tensors, backend="triton"), x, weight, bias, residual, slope)
+    layouts = (
+        lambda tensor: tensor.contiguous(),
+        lambda tensor: torch.cat([tensor, tensor], 1)[:, tensor.shape[1] :],
+        lambda tensor: channels_last(torch.cat([tensor, tensor], 1))[:, : tensor.shape[1]],
+        lambda tensor: tensor.mT.contiguous().mT,
+        lambda tensor: tensor.repeat_interleave(2, 0)[::2],
+    )
+    for layout in layouts:
+        tensors = layout(x), layout(weight), bias.repeat_interleave(2)[::2], layout(residual), layout(slope)
+        ours = results(lambda *tensors: conv3x3(*tensors, backend="triton"), *tensors)
+        for actual, expected in zip(ours, wanted, strict=True):
+            assert torch.equal(actual, expected)
+        assert ours[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gradients_that_are_wanted(device, monkeypatch):
+    """The residual's is the slope itself, and nothing is launched for it."""
+    x, weight, bias, residual, slope = inputs((1, 8, 3, 3), 8, device)
+    residual.requires_grad_()
+    y = conv3x3(x, weight, bias, residual, backend="triton")
+    monkeypatch.setattr(convolution, "_launch", None)
+    assert torch.autograd.grad(y, residual, slope)[0].data_ptr() == slope.data_ptr()
+    monkeypatch.undo()
+    assert not conv3x3(x, weight, bias, residual.detach(), backend="triton").requires_grad
+
+
+def test_reference():
+    x, weight, bias, residual, _ = (tensor.double().requires_grad_() for tensor in inputs((2, 3, 3, 4), 2, "cpu"))
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+    taps = ((row, column) for row in range(3) for column in range(3))
+    shifted = (
+        torch.einsum("bchw,dc->bdhw", padded[:, :, row : row + 3, column : column + 4], weight[:, :, row, column])
+        for row, column in taps
+    )
+    expected = sum(shifted) + bias[:, None, None] + residual
+    torch.testing.assert_close(conv3x3(x, weight, bias, residual), expected)
+    assert torch.autograd.gradcheck(conv3x3_reference, (x, weight, bias, residual))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad, device):
+    x, weight, bias, residual, slope = inputs((2, 16, 3, 2), 8, device)
+    x.requires_grad_(requires_grad), residual.requires_grad_(requires_grad)
+    torch.library.opcheck(convolution._conv3x3, (x, weight, bias, residual, []))
+    torch.library.opcheck(convolution._conv3x3, (x.detach(), weight.contiguous(), None, None, [64, 64, 64, 1, 4, 3]))
+    torch.library.opcheck(convolution._conv3x3_input_gradient, (slope, weight, []))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=gpu_only)])
+def test_compiles_as_one_graph(compiler, device, assert_close):
+    def scaled(x, weight, bias, residual):
+        return 2 * conv3x3(x * 3, weight, bias, residual, backend="triton")
+
+    torch._dynamo.reset()
+    tensors = inputs((2, 24, 4, 5), 16, device)
+    compiled = torch.compile(scaled, backend=compiler, fullgraph=True)
+    for actual, expected in zip(results(compiled, *tensors), results(scaled, *tensors), strict=True):
+        assert_close(actual, expected, 1e-3)
+
+
+@gpu_only
+def test_cuda_graph(device):
+    x, weight, bias, residual, _ = inputs((1, 1280, 8, 8), 1280, device)
+    conv3x3(x, weight, bias, residual, backend="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = conv3x3(x, weight, bias, residual, backend="triton")
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(captured, conv3x3(x, weight, bias, residual, backend="triton"))  # the same sum each time
+
+
+@gpu_only
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("side", "channels_in", "channels_out"),
+    [
+        *((8, width, 1280) for width in (1280, 2560)),
+        *((16, width, 1280) for width in (640, 1280, 1920, 2560)),
+        *((32, width, 640) for width in (320, 640, 960, 1280, 1920)),
+        (64, 320, 320),
+    ],
+)
+def test_sd_shapes(batch, side, channels_in, channels_out, device, assert_close):
+    for dtype in BOUNDS:
+        tensors = inputs((batch, channels_in, side, side), channels_out, device, dtype)
+        check(*tensors, assert_close)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x": torch.zeros(8, 3, 3)}, r"x must be \[B, Cin, h, w\]"),
+        ({"x": torch.zeros(0, 8, 3, 3)}, "no empty axis"),
+        ({"weight": torch.zeros(4, 8, 1, 1)}, r"weight must be \[Cout, 8, 3, 3\].*not \[4, 8, 1, 1\]"),
+        ({"weight": torch.zeros(4, 6, 3, 3)}, "weight must be"),
+        ({"weight": torch.zeros(0, 8, 3, 3)}, "weight must be"),
+        ({"weight": torch.zeros(4, 8, 3, 3).half()}, "weight is torch.float16"),
+        ({"bias": torch.zeros(8)}, r"bias must be \[4\].*not \[8\]"),
+        ({"bias": torch.zeros(4).half()}, "bias is torch.float16.*or float32"),
+        ({"residual": torch.zeros(2, 4, 1, 1)}, r"residual must be \[2, 4, 3, 3\].*not \[2, 4, 1, 1\]"),
+        ({"residual": torch.zeros(2, 4, 3, 3).half()}, "residual is torch.float16"),
+        ({"backend": "cuda"}, "backend must be"),
+        ({"backend": "triton"}, "torch.float32 is not supported"),
+    ],
+    ids=str,
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        conv3x3(**({"x": torch.zeros(2, 8, 3, 3), "weight": torch.zeros(4, 8, 3, 3)} | options))
+
+
+@pytest.mark.parametrize("trained", [1, 2])
+def test_trainable_parameters_are_left_to_torch(trained, device, assert_close):
+    """The kernel has no gradient for them: it refuses, unless none is recorded; `auto` takes the reference."""
+    tensors = inputs((1, 64, 3, 3), 64, device)[:3]
+    tensors[trained].requires_grad_()
+    with pytest.raises(ValueError, match="requires a gradient"):
+        conv3x3(*tensors, backend="triton")
+    y = conv3x3(*tensors)
+    assert torch.autograd.grad(y.sum(), tensors[trained])[0].shape == tensors[trained].shape
+    with torch.no_grad():
+        assert_close(conv3x3(*tensors, backend="triton"), y, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels_in", "channels_out", "side", "backend"),
+    [
+        (1, 64, 64, 8, "auto"),
+        (1, 64, 96, 16, "auto"),
+        (3, 1536, 64, 16, "auto"),
+        (3, 64, 640, 32, "auto"),
+        (3, 64, 648, 32, "torch"),
+        (3, 1528, 64, 16, "torch"),
+        (2, 64, 64, 16, "torch"),
+        (1, 64, 64, 64, "torch"),
+        (17, 64, 64, 8, "torch"),
+        (1, 4, 64, 8, "torch"),
+        (1, 64, 4, 8, "torch"),
+        (1, 68, 64, 8, "torch"),
+    ],
+)
+def test_auto_is_for_the_sizes_where_the_kernel_won(batch, channels_in, channels_out, side, backend, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(convolution, "choose_triton", lambda backend, *_: chosen.append(backend))
+    conv3x3(torch.zeros(batch, channels_in, side, side), torch.zeros(channels_out, channels_in, 3, 3))
+    assert chosen == [backend]
