@@ -272,7 +272,8 @@ def _load(args: argparse.Namespace) -> Model:
 
     from p2pz import load
 
-    return load(args.model, device=args.device, dtype=getattr(torch, args.dtype) if args.dtype else None)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    return load(args.model, device=args.device, dtype=dtype, max_memory=args.max_memory)
 
 
 def _progress(args: argparse.Namespace) -> bool | None:
@@ -434,6 +435,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--model", metavar="FOLDER", help="Stable Diffusion (default: $P2PZ_MODEL, or bundled)")
         sub.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
         sub.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
+        sub.add_argument("--max-memory", type=float, metavar="GIB", help="of the GPU's memory (default: no limit)")
         sub.add_argument("--quiet", action="store_true", help="no progress bars, and nothing about what was written")
     return parser
 

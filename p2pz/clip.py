@@ -52,7 +52,8 @@ class Clip:
         """Unit vectors `[B, projection]` of sentences."""
         tokenizer, encoder = self.model.tokenizer, self.model.text_encoder
         inputs = tokenizer(list(sentences), padding="max_length", truncation=True, return_tensors="pt")
-        pooled = encoder(inputs.input_ids.to(encoder.device)).pooler_output
+        with self.model.at_work(encoder):
+            pooled = encoder(inputs.input_ids.to(encoder.device)).pooler_output
         return F.normalize(pooled @ self.text_projection.T, dim=-1)
 
     def similarity(self, pictures: Sequence[Image.Image], sentences: Sequence[str]) -> Tensor:

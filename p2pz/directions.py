@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from p2pz.engine import explain_out_of_memory
 from p2pz.files import load_tensors, save_tensors
 from p2pz.model import Model, load
 
@@ -104,6 +105,7 @@ class Direction:
             )
 
 
+@explain_out_of_memory
 def direction(
     source: str = "",
     target: str = "",

@@ -16,9 +16,10 @@ from torch import Tensor
 from p2pz.attention import QueriesAndKeys, Site, guide_cross_attention, keep_queries_and_keys
 from p2pz.captions import captions_for
 from p2pz.directions import Direction, direction, is_medium, parse_direction, source_prompt
-from p2pz.engine import Tensors, row
+from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
 from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
+from p2pz.memory import plan_for
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.schedule import ddim_step, denoising_schedule
@@ -87,18 +88,25 @@ def map_gradient(model: Model, latents: Tensor, conditioning: Conditioning, refe
     """
     losses: list[Tensor] = []
     guide = guide_cross_attention(reference, losses)
+    *_, last = reference
 
     def guide_to_the_last(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         out = guide(q, k, v, site)
-        if len(losses) == len(reference):
+        del losses[len(reference) :]  # a checkpointed layer's second ones: they count already, and hold its memory
+        if site.path == last:
             raise _LastMapSeen
         return out
 
     with torch.enable_grad():
         latents = latents.detach().requires_grad_()
         with contextlib.suppress(_LastMapSeen):
-            model.predict(latents, conditioning, guide_to_the_last)
+            model.predict(latents, conditioning, guide_to_the_last, model.checkpoint)
         return torch.autograd.grad(torch.stack(losses).sum(), latents)[0]
+
+
+def followed_rows(settings: Settings) -> int:
+    """How many rows of an edit, one or both halves of a classifier-free pair, map guidance takes the gradient of."""
+    return 1 if settings.gradient == "conditional" or settings.guidance == 1 else 2
 
 
 def _spread(states: Tensor, images: int, copies: int, halves: int) -> Tensor:
@@ -184,7 +192,7 @@ def edit_latents(
 
         moved = halves(latents)
         if guides:
-            followed = 1 if settings.gradient == "conditional" or not pairs else 2
+            followed = followed_rows(settings)
             start = latents if followed == 1 else moved
             maps = {
                 path: (_spread(q, images, copies, followed), _spread(k, images, copies, followed))
@@ -211,13 +219,14 @@ def edit_latents(
             *reference_queries(kept),
         ]
 
-    kind = "edit", pairs, reference_pairs, guides, settings.gradient
+    kind = "edit", pairs, reference_pairs, guides, settings.gradient, model.checkpoint
     reference, *queries = model.graphs.call(("reference", *kind), first, [noise, *constants])
     state = [noise.repeat(copies, 1, 1, 1), reference, *queries]
     latents, reference, *_ = model.graphs.run(kind, step, state, constants, settings.steps, "editing", hide(progress))
     return latents, reference
 
 
+@explain_out_of_memory
 def edit(
     img: ImageLike | Inversion | Sequence[ImageLike | Inversion],
     direction: str | Direction | Sequence[str | Direction],
@@ -253,7 +262,7 @@ def edit(
         xa_guidance: step length of the cross-attention map guidance, closer to the image with larger values; None takes
             the preset's.
         seed: of all randomness; the same seed gives the same result, alone or in a batch.
-        batch_size: edits of images of one size that are worked on at once.
+        batch_size: edits of images of one size that are worked on at once; fewer if the model's memory budget says so.
         progress: show bars; None: on a terminal only.
         settings: further fields of `p2pz.presets.Settings`.
 
@@ -261,7 +270,7 @@ def edit(
         An `EditResult`; for a list of images or of directions a list of them; for lists of both a list for each image.
 
     Raises:
-        ValueError: an image, a direction or a setting is wrong; the message says which.
+        ValueError: an image, a direction or a setting is wrong, or `max_memory` too small; the message says which.
 
     Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023).
     """
@@ -278,16 +287,22 @@ def edit(
         for each in directions
     ]
     if negative_prompt is not None and numbers[0].guidance == 1:
-        warnings.warn("a negative prompt does nothing at guidance 1: give a larger guidance too", stacklevel=2)
+        warnings.warn("a negative prompt does nothing at guidance 1: give a larger guidance too", stacklevel=3)
+
+    rows = max(2 + (each.guidance != 1) * (1 + (negative_prompt is not None)) for each in numbers)
+    guided_rows = max((each.xa_guidance != 0) * followed_rows(each) for each in numbers)
 
     places = [i for i, item in enumerate(items) if not isinstance(item, Inversion)]
     pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model), strict=True))
-    prompts = _prompts(items, pictures, prompt, source_prompt(directions[0].source), model)
     sizes = [pictures[i].size[::-1] if i in pictures else _image_size(item, model) for i, item in enumerate(items)]
+    plans = {size: plan_for(model, size, batch_size, rows, guided_rows) for size in sizes}
+    prompts = _prompts(items, pictures, prompt, source_prompt(directions[0].source), model)
     results: list[list[EditResult | None]] = [[None] * len(directions) for _ in items]
     for group in same_size_groups(sizes):
-        for start in range(0, len(group), batch_size):
-            batch = group[start : start + batch_size]
+        plan = plans[sizes[group[0]]]
+        model, most = plan.apply(model), plan.images
+        for start in range(0, len(group), most):
+            batch = group[start : start + most]
             fresh = [i for i in batch if i in pictures]
             inversions = {i: items[i] for i in batch if i not in pictures}
             if fresh:
@@ -295,7 +310,7 @@ def edit(
                     model, [pictures[i] for i in fresh], [prompts[i] for i in fresh], numbers[0], seed, progress
                 )
                 inversions |= zip(fresh, made, strict=True)
-            for some in _alike(numbers, max(1, batch_size // len(batch))):
+            for some in _alike(numbers, max(1, most // len(batch))):
                 edited, reconstructions = _edit_batch(
                     model, [inversions[i] for i in batch], [prompts[i] for i in batch], negative_prompt,
                     [directions[j] for j in some], [numbers[j] for j in some], progress,

@@ -6,6 +6,7 @@ among the constants, whose row `index` a step reads, so that nothing has to come
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,23 @@ MOST_GRAPHS = 40
 def row(table: Tensor, index: Tensor) -> Tensor:
     """Row of a table at `index`, a tensor `[1]`, without asking the device which."""
     return table.index_select(0, index)[0]
+
+
+def explain_out_of_memory(function: Callable) -> Callable:
+    """Decorator: an out-of-memory error of the GPU says what to do, and lets go of the memory of what failed."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            pass  # and not raised from here: a new error would hold the old one, and that the tensors in its frames
+        raise torch.OutOfMemoryError(
+            "the GPU is out of memory: load the model with a budget in GiB, p2pz.load(max_memory=4) or --max-memory 4, "
+            "with a smaller one if it has one, or use fewer or smaller images at once"
+        )
+
+    return call
 
 
 class CudaGraph:
@@ -70,11 +88,19 @@ class Graphs:
         record: on a GPU. False runs everything step by step, with the same results but for rounding.
         graphs: by kind of work and shapes of the arguments.
         pool: memory that the graphs share.
+        room: bytes; if the process holds more when a graph is to be recorded, all others go. None: none goes.
     """
 
     record: bool = True
     graphs: dict[Hashable, CudaGraph] = field(default_factory=dict)
     pool: tuple[int, int] | None = None
+    room: int | None = None
+
+    def clear(self) -> None:
+        """Forget all graphs and give their memory back."""
+        self.graphs.clear()
+        self.pool = None
+        torch.cuda.empty_cache()
 
     def _records(self, arguments: Tensors) -> bool:
         return self.record and arguments[0].device.type == "cuda"
@@ -89,6 +115,8 @@ class Graphs:
         """
         key = kind, tuple((tensor.shape, tensor.dtype) for tensor in arguments)
         if key not in self.graphs:
+            if self.room is not None and torch.cuda.memory_reserved(arguments[0].device) > self.room:
+                self.clear()
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             while len(self.graphs) >= MOST_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from p2pz.captions import captions_for
-from p2pz.engine import Tensors, row
+from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.files import load_tensors, save_tensors
 from p2pz.images import ImageLike, as_list, psnr, read_image, same_size_groups, to_pictures, to_tensor, working_size
 from p2pz.kernels import regularise_noise
 from p2pz.kernels.regulariser import pyramid_heights
+from p2pz.memory import plan_for
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.schedule import authors_inversion_schedule, ddim_step, inversion_schedule
@@ -210,10 +211,11 @@ def _warn_of_strangers(model: Model, pictures: Sequence[Image.Image], image_late
         warnings.warn(
             f"the bundled model knows only its cartoon world and can reproduce this image at {worst:.1f} dB only; for "
             "photographs load a Stable Diffusion checkpoint: p2pz.load(folder), --model FOLDER or P2PZ_MODEL=FOLDER",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
+@explain_out_of_memory
 def invert(
     img: ImageLike | Sequence[ImageLike],
     *,
@@ -243,7 +245,7 @@ def invert(
         An `Inversion`, or a list of them for a list.
 
     Raises:
-        ValueError: an image, a prompt list or a setting is wrong; the message says which.
+        ValueError: an image, a prompt list or a setting is wrong, or `max_memory` too small; the message says which.
 
     Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), section 3.1.
     """
@@ -251,12 +253,16 @@ def invert(
     numbers = settings_for(model, preset, steps=steps, **settings)
     images, single = as_list(img)
     pictures = prepare_pictures(images, model)
+    groups = same_size_groups([picture.size for picture in pictures])
+    plans = [plan_for(model, pictures[group[0]].size[::-1], len(group), rows=1) for group in groups]
     prompts = captions_for(pictures, prompt, "a photo", model)
     inversions: list[Inversion | None] = [None] * len(pictures)
-    for group in same_size_groups([picture.size for picture in pictures]):
-        done = invert_pictures(
-            model, [pictures[i] for i in group], [prompts[i] for i in group], numbers, seed, progress
-        )
-        for i, inversion in zip(group, done, strict=True):
-            inversions[i] = inversion
+    for group, plan in zip(groups, plans, strict=True):
+        for start in range(0, len(group), plan.images):
+            batch = group[start : start + plan.images]
+            done = invert_pictures(
+                plan.apply(model), [pictures[i] for i in batch], [prompts[i] for i in batch], numbers, seed, progress
+            )
+            for i, inversion in zip(batch, done, strict=True):
+                inversions[i] = inversion
     return inversions[0] if single else inversions

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from p2pz import schedule, text
 from p2pz.attention import Attend, attend
-from p2pz.engine import Graphs
+from p2pz.engine import Graphs, explain_out_of_memory
 from p2pz.unet import Conditioning, UNet, UNetConfig
 from p2pz.vae import VAE, VAEConfig
 from p2pz.weights import MINI_FOLDER, CheckpointError, find_tensors, load_tensors, mini_world, read_json
@@ -24,16 +25,22 @@ from p2pz.weights.folder import VAE_RENAMES
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
+GIB = 2**30
+
 
 @dataclass(frozen=True)
 class Model:
     """A Stable Diffusion checkpoint in memory. All parameters are frozen.
+
+    The UNet is where the work is done. With a memory budget, the VAE and the text encoder may lie in host memory.
 
     Attributes:
         folder: where it was loaded from.
         unet, vae, text_encoder, tokenizer: the parts.
         prediction_type: what the UNet predicts, `"epsilon"` or `"v_prediction"`.
         text_fingerprint: short name of the text encoder's weights; directions carry it.
+        max_memory: bytes of GPU memory that it may take, see `p2pz.memory`; None: any.
+        checkpoint: the gradient of the map guidance computes activations again instead of keeping them.
         graphs: work that was recorded for repetition on a GPU.
     """
 
@@ -44,11 +51,13 @@ class Model:
     tokenizer: CLIPTokenizer
     prediction_type: str
     text_fingerprint: str
+    max_memory: int | None = None
+    checkpoint: bool = False
     graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the UNet's weights are, and where all work is done."""
         return self.unet.conv_in.weight.device
 
     @property
@@ -66,6 +75,31 @@ class Model:
         """Whether this is the bundled model, which knows only its cartoon world."""
         return self.folder == MINI_FOLDER
 
+    @contextlib.contextmanager
+    def at_work(self, module: nn.Module) -> Iterator[Graphs]:
+        """Within, a part that lies in host memory is on the GPU; what was recorded makes room for it.
+
+        Args:
+            module: the VAE or the text encoder.
+
+        Yields:
+            What to run it with: a part that comes and goes is never recorded, since its weights' addresses change.
+        """
+        if next(module.parameters()).device == self.device:
+            yield self.graphs
+            return
+        self.graphs.clear()
+        tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+        at_home = [dict(table) for table in tables]
+        try:
+            for table in tables:
+                table.update((name, x.to(self.device)) for name, x in table.items() if x is not None)
+            yield Graphs(record=False)
+        finally:
+            for table, tensors in zip(tables, at_home, strict=True):
+                table.update(tensors)
+            torch.cuda.empty_cache()
+
     def encode_text(self, sentences: Sequence[str]) -> Tensor:
         """Text states `[len(sentences), 77, d]`. Raises ValueError if there are no sentences.
 
@@ -76,9 +110,10 @@ class Model:
             warnings.warn(
                 f"the bundled model does not know {', '.join(sorted(unknown))}; "
                 f"all its words: {' '.join(mini_world.VOCABULARY)}",
-                stacklevel=3,
+                stacklevel=4,
             )
-        return text.encode_text(self.tokenizer, self.text_encoder, sentences)
+        with self.at_work(self.text_encoder):
+            return text.encode_text(self.tokenizer, self.text_encoder, sentences)
 
     @torch.no_grad()
     def encode_image(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -92,8 +127,8 @@ class Model:
             `[B, 4, h, w]` float32, about unit variance.
         """
         images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
-        # One by one, because each takes much memory.
-        moments = [self.graphs.call("encode", self.vae.encode, [image]) for image in images.split(1)]
+        with self.at_work(self.vae) as graphs:  # one by one, because each takes much memory
+            moments = [graphs.call("encode", self.vae.encode, [image]) for image in images.split(1)]
         latents, log_variance = (torch.cat(parts).float() for parts in zip(*moments, strict=True))
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator).to(latents.device)
@@ -104,7 +139,8 @@ class Model:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` float32 in [-1, 1] of scaled latents `[B, 4, h, w]`."""
         latents = (latents / self.vae.config.scaling_factor).to(self.dtype, memory_format=torch.channels_last)
-        images = [self.graphs.call("decode", lambda x: [self.vae.decode(x)], [one])[0] for one in latents.split(1)]
+        with self.at_work(self.vae) as graphs:
+            images = [graphs.call("decode", lambda x: [self.vae.decode(x)], [one])[0] for one in latents.split(1)]
         return torch.cat(images).float().clamp(-1, 1)
 
     @torch.no_grad()
@@ -112,19 +148,22 @@ class Model:
         """What the UNet is told besides latents: timesteps `[T]` and text states `[B, 77, d]`, see `UNet.condition`."""
         return self.unet.condition(timesteps.to(self.device), context.to(self.device, self.dtype))
 
-    def predict(self, latents: Tensor, conditioning: Conditioning, attend: Attend = attend) -> Tensor:
+    def predict(
+        self, latents: Tensor, conditioning: Conditioning, attend: Attend = attend, checkpoint: bool = False
+    ) -> Tensor:
         """Output of the UNet, see `to_noise` for what it means.
 
         Args:
             latents: `[B, 4, h, w]` float32.
             conditioning: timesteps and texts, see `condition`; shifts `[S]` or `[B, S]`.
             attend: see `p2pz.attention`.
+            checkpoint: keep less for a backward pass, see `UNet.predict`.
 
         Returns:
             `[B, 4, h, w]` float32.
         """
         inputs = latents.to(self.dtype, memory_format=torch.channels_last)
-        prediction = self.unet.predict(inputs, conditioning, attend)
+        prediction = self.unet.predict(inputs, conditioning, attend, checkpoint)
         return prediction.to(torch.float32, memory_format=torch.contiguous_format)
 
     def to_noise(self, prediction: Tensor, latents: Tensor, alpha: Tensor | float) -> Tensor:
@@ -146,11 +185,13 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
     return device
 
 
+@explain_out_of_memory
 def load(
     source: str | Path | None = None,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    max_memory: float | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -160,11 +201,15 @@ def load(
             names, or else the bundled mini model.
         device: None takes the GPU if there is one.
         dtype: None takes float16 on a GPU and float32 on the CPU.
+        max_memory: GiB of GPU memory that p2pz may take for weights, activations and recorded work; CUDA itself takes
+            about 0.5 GiB more. Work that would take more is done more slowly: on fewer images at once, with the text
+            encoder and the VAE in host memory in between, and computing activations twice. None: no limit.
 
     Returns:
         The frozen model.
 
     Raises:
+        ValueError: no such device, or a budget that is too small or for the CPU.
         CheckpointError: the source is missing, of another family, or its tensors do not fit; the message names what.
     """
     folder = Path(source or os.environ.get("P2PZ_MODEL") or MINI_FOLDER).expanduser()
@@ -177,6 +222,7 @@ def load(
     folder = folder.resolve()
     device = find_device(device)
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    budget = None if max_memory is None else _budget(max_memory, device)
     prediction_type = _read_prediction_type(folder)
 
     unet = _load_module(UNet, UNetConfig, folder / "unet", ())
@@ -189,17 +235,33 @@ def load(
             f"the text encoder in {folder} gives states of width {width}, "
             f"but its UNet reads {unet.config.context_channels}"
         )
+    weights = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
+    if budget is not None and weights > budget:
+        raise ValueError(
+            f"max_memory is {max_memory:.3g} GiB, but the weights of the UNet alone take {weights / GIB:.3g}: raise it"
+        )
     unet = _place(unet, device, dtype)
     unet.fuse()
+    home = device if budget is None else torch.device("cpu")  # until a plan calls them to the GPU
     return Model(
         folder=folder,
         unet=unet,
-        vae=_place(vae, device, dtype),
-        text_encoder=_place(text_encoder, device, dtype),
+        vae=_place(vae, home, dtype),
+        text_encoder=_place(text_encoder, home, dtype),
         tokenizer=tokenizer,
         prediction_type=prediction_type,
         text_fingerprint=text_fingerprint,
+        max_memory=budget,
     )
+
+
+def _budget(max_memory: float, device: torch.device) -> int:
+    """A budget in GiB as bytes. Raises ValueError."""
+    if device.type != "cuda":
+        raise ValueError("max_memory (--max-memory) limits the memory of a GPU, but this runs on the CPU: leave it out")
+    if not 0 < max_memory < float("inf"):
+        raise ValueError(f"max_memory must be a number of GiB above zero, not {max_memory}")
+    return int(max_memory * GIB)
 
 
 def _load_module(module_type: type, config_type: type, folder: Path, renames: tuple) -> nn.Module:

@@ -9,9 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from p2pz.editing import guided
-from p2pz.engine import Tensors, row
+from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import as_list, to_pictures
 from p2pz.inversion import hide
+from p2pz.memory import plan_for
 from p2pz.model import Model, load
 from p2pz.schedule import ddim_step, denoising_schedule
 from p2pz.unet import Conditioning
@@ -58,6 +59,7 @@ def sample_latents(
     return model.graphs.run(("sample", pairs), step, [noise], constants, steps, "sampling", hide(progress))[0]
 
 
+@explain_out_of_memory
 def sample(
     prompt: str | Sequence[str],
     *,
@@ -85,7 +87,7 @@ def sample(
         A list with a picture for each prompt.
 
     Raises:
-        ValueError: no prompts, or steps, guidance or size out of range.
+        ValueError: no prompts, steps, guidance or size out of range, or `max_memory` too small.
     """
     model = model or load()
     prompts, _ = as_list(prompt)
@@ -99,11 +101,17 @@ def sample(
     guidance = (2.0 if model.is_mini else 7.5) if guidance is None else guidance
     if not 0 <= guidance < float("inf"):
         raise ValueError(f"guidance must be zero or more, not {guidance}")
+    plan = plan_for(model, (height, width), len(prompts), rows=1 + (guidance != 1))
     shape = (config.latent_channels, height // multiple, width // multiple)
     noise = torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))]
     )
     context = model.encode_text(prompts)
     negative = model.encode_text([negative_prompt]).expand_as(context)
-    latents = sample_latents(model, noise.to(model.device), negative, context, steps, guidance, progress)
-    return to_pictures(model.decode_latents(latents))
+    model = plan.apply(model)
+    batches = (tensor.split(plan.images) for tensor in (noise.to(model.device), negative, context))
+    pictures = []
+    for batch in zip(*batches, strict=True):
+        latents = sample_latents(model, *batch, steps, guidance, progress)
+        pictures += to_pictures(model.decode_latents(latents))
+    return pictures

@@ -1,11 +1,12 @@
 """The noise predictor of Stable Diffusion 1.x and 2.x."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from p2pz.attention import Attend, Site, attend
@@ -307,12 +308,20 @@ class Level(nn.Module):
         elif isinstance(resample, Upsample):
             self.upsamplers = nn.ModuleList([resample])
 
-    def layer(self, i: int, x: Tensor, conditioning: Layers, attend: Attend) -> Tensor:
-        """The i-th residual block and, where there is one, the transformer behind it."""
+    def layer(self, i: int, conditioning: Layers, attend: Attend) -> Callable[..., Tensor]:
+        """The i-th residual block and, where there is one, the transformer behind it, as a function of its input.
+
+        The function takes maps `[B, C, h, w]`, of which it makes one with all their channels, and can be called again.
+        """
         block, shift = self.resnets[i], next(conditioning.shifts)
-        if not hasattr(self, "attentions"):
-            return block(x, shift)
-        return self.attentions[i](block.summands(x, shift), next(conditioning.keys_values), attend)
+        transformer = self.attentions[i] if hasattr(self, "attentions") else None
+        keys_values = next(conditioning.keys_values) if transformer else None
+
+        def run(*inputs: Tensor) -> Tensor:
+            x = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
+            return transformer(block.summands(x, shift), keys_values, attend) if transformer else block(x, shift)
+
+        return run
 
 
 class MiddleLevel(nn.Module):
@@ -448,17 +457,31 @@ class UNet(nn.Module):
         """
         return self.predict(latents, self.condition(timesteps.expand(len(latents)), context), attend)
 
-    def predict(self, latents: Tensor, conditioning: Conditioning, attend: Attend = attend) -> Tensor:
-        """The same with timesteps and context as `condition` leaves them."""
+    def predict(
+        self, latents: Tensor, conditioning: Conditioning, attend: Attend = attend, checkpoint: bool = False
+    ) -> Tensor:
+        """The same with timesteps and context as `condition` leaves them.
+
+        With `checkpoint`, a layer keeps nothing but its input for the backward pass, which runs the layer again, calls
+        of `attend` included. Not so the last layer that calls `attend`, so `attend` may end the pass there.
+        """
         widths = [block.conv1.out_channels for block in self._residual_blocks()]
         shifts = conditioning.shifts.split(widths, dim=-1)
         layers = Layers(iter(shifts), iter(self._split_keys_values(conditioning.keys_values)))
+
+        last = [level for level in (self.mid_block, *self.up_blocks) if hasattr(level, "attentions")][-1]
+
+        def run(level: Level, i: int, *inputs: Tensor) -> Tensor:
+            layer = level.layer(i, layers, attend)
+            if not checkpoint or (level is last and i == len(level.resnets) - 1):
+                return layer(*inputs)
+            return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
         x = self.conv_in(latents)
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = level.layer(i, x, layers, attend)
+                x = run(level, i, x)
                 skips.append(x)
             if hasattr(level, "downsamplers"):
                 x = level.downsamplers[0](x)
@@ -468,7 +491,7 @@ class UNet(nn.Module):
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), layers, attend)
+                x = run(level, i, x, skips.pop())
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, tuple(skips[-1].shape[2:]))
 

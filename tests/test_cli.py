@@ -41,7 +41,7 @@ def workplace(tmp_path, monkeypatch, models):
 
 @pytest.fixture
 def model(models):
-    return models(None, device=None, dtype=None)
+    return models(None, device=None, dtype=None, max_memory=None)
 
 
 @pytest.fixture

@@ -1,0 +1,152 @@
+"""A budget of GPU memory: what an edit takes by estimate, and how to work so that it takes no more than allowed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from p2pz.model import GIB, Model
+
+# What the UNet takes for each row of its batch, in feature maps of its finest level (`[channels, h, w]` of a latent,
+# 2.5 MiB for SD 1.5 at 64 x 64 in float16), so that one number serves all sizes and dtypes. Measured on an H200 with
+# SD 1.5, 64 x 64, float16: gradient 1.30 GiB for 2 rows, forward pass 0.35 GiB for 3. The checkpointed gradient is not
+# measured: adding up all live tensors on the meta device gives 29 (forward), 181 (gradient) and 54 (checkpointed)
+# maps; the measured ones are 1.5 times that, libraries' work space included, and so this one is taken to be.
+FORWARD, GRADIENT, CHECKPOINTED = 48.0, 266.0, 80.0
+# What an edit keeps between passes for each row: queries of the reference, its keys and values, where graphs read them.
+KEPT = 20.0
+# What the VAE takes for one image, in its own finest feature maps (`[channels, H, W]` of the picture): 0.45 GiB for
+# the decoder at 512 x 512, 0.40 for the encoder.
+VAE = 7.2
+# Fragmentation of the allocator: of all of the above.
+MARGIN = 1.25
+# Libraries' work spaces (three streams, 32 MiB each on a Hopper) and small tensors.
+FIXED = round(0.2 * GIB)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to work on images of one size.
+
+    Attributes:
+        images: edits, or images, at once.
+        offload: text encoder and VAE lie in host memory when they have nothing to do, and are not recorded.
+        checkpoint: the gradient of the map guidance computes activations again instead of keeping them.
+        room: bytes that the process may hold when it starts to record a graph; None: any.
+    """
+
+    images: int
+    offload: bool = False
+    checkpoint: bool = False
+    room: int | None = None
+
+    def apply(self, model: Model) -> Model:
+        """The model, working by this plan; moves its VAE and text encoder. Without a budget the model as it is."""
+        if model.max_memory is None:
+            return model
+        home = torch.device("cpu") if self.offload else model.device
+        for module in (model.vae, model.text_encoder):
+            if next(module.parameters()).device != home:
+                module.to(home)
+                model.graphs.clear()  # they read the weights where these were
+        model.graphs.room = self.room
+        return replace(model, checkpoint=self.checkpoint)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done, in numbers.
+
+    Attributes:
+        unet, vae, text_encoder: bytes of the weights.
+        height, width: of the latents.
+        channels, vae_channels: of the finest level of the UNet and of the VAE.
+        downsampling: pixels per latent position along each axis.
+        element: bytes of an element of weights and activations.
+        rows: of the largest forward pass, for each image (and direction).
+        guided_rows: of them with a gradient; 0 without map guidance.
+    """
+
+    unet: int
+    vae: int
+    text_encoder: int
+    height: int
+    width: int
+    channels: int
+    vae_channels: int
+    downsampling: int
+    element: int
+    rows: int
+    guided_rows: int
+
+    def working(self, plan: Plan) -> tuple[int, int]:
+        """Bytes beside the weights: those that the UNet takes, and those that the VAE takes."""
+        gradient = self.guided_rows * (CHECKPOINTED if plan.checkpoint else GRADIENT)
+        maps = plan.images * (max(self.rows * FORWARD, gradient) + self.rows * KEPT)
+        element = MARGIN * self.height * self.width * self.element
+        return round(maps * self.channels * element), round(VAE * self.downsampling**2 * self.vae_channels * element)
+
+    def needed(self, plan: Plan) -> int:
+        """Bytes that a plan takes at most."""
+        passes, drawing = self.working(plan)
+        if plan.offload:  # UNet, VAE and text encoder take turns
+            return FIXED + self.unet + max(passes, self.vae + drawing, self.text_encoder)
+        return FIXED + self.unet + self.vae + self.text_encoder + max(passes, drawing)
+
+    def plan(self, most: int, budget: int) -> Plan:
+        """The fastest plan that keeps to a budget.
+
+        Args:
+            most: images at once, if memory allows.
+            budget: bytes.
+
+        Raises:
+            ValueError: not even the slowest does; the message says what is needed.
+        """
+        for checkpoint in (False, True)[: 1 + (self.guided_rows > 0)]:
+            for offload in (False, True):
+                for images in range(most, 0, -1):
+                    plan = Plan(images, offload, checkpoint)
+                    if self.needed(plan) <= budget:
+                        return replace(plan, room=budget - max(self.working(plan)))
+        size = f"{self.width * self.downsampling} x {self.height * self.downsampling}"
+        raise ValueError(
+            f"max_memory is {budget / GIB:.3g} GiB, but an image of {size} pixels takes about "
+            f"{math.ceil(10 * self.needed(plan) / GIB) / 10:.1f} GiB at least: raise max_memory (--max-memory), "
+            "or, for sample, choose a smaller size"
+        )
+
+
+def plan_for(model: Model, size: tuple[int, int], most: int, rows: int, guided_rows: int = 0) -> Plan:
+    """How a model is to work, so that it keeps to its budget.
+
+    Args:
+        model: the model; one without a budget works on `most` images at once.
+        size: height and width of the images in pixels.
+        most: images at once, if memory allows.
+        rows, guided_rows: see `Work`.
+
+    Raises:
+        ValueError: the budget is too small.
+    """
+    if model.max_memory is None:
+        return Plan(most)
+    downsampling = model.vae.config.downsampling
+    work = Work(
+        *(_bytes(module) for module in (model.unet, model.vae, model.text_encoder)),
+        *(side // downsampling for side in size),
+        channels=model.unet.config.block_out_channels[0],
+        vae_channels=model.vae.config.block_out_channels[0],
+        downsampling=downsampling,
+        element=model.dtype.itemsize,
+        rows=rows,
+        guided_rows=guided_rows,
+    )
+    return work.plan(most, model.max_memory)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
