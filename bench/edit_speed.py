@@ -29,9 +29,9 @@ Rows:
 - start_up_s: a fresh process until its first edit is there; peak_gib: the memory that this process took at most.
 - fraction_of_limit: operations of the UNet / measured rate of a large matrix product / time.
 
-p2pz's and compiled's unet and guided step are CUDA graphs captured by this script; diffusers is eager. p2pz's time
-embeddings and cross-attention keys and values are computed before, as in an edit. Times are
-medians (quartiles) of whole calls, contenders in turn; short ones of up to 10 calls in a row, as in a loop over steps.
+p2pz's and compiled's unet and guided step are CUDA graphs captured by this script; diffusers is eager. What p2pz
+computes once in an edit (time embeddings, keys and values of the texts) is not timed there. Times are medians
+(quartiles) of whole calls, contenders in turn; short ones of up to 10 calls in a row, as in a loop over steps.
 Agreement: relative norm of the difference of latents, p2pz (preset `diffusers`) from diffusers; for scale, how far the
 edit is from the reference and from an edit without map guidance. With v-prediction the two regularise different things
 (p2pz epsilon, diffusers v), so they do not agree.

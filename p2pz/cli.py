@@ -1,9 +1,10 @@
-"""The command line: p2pz edit, sample, invert and direction."""
+"""The command line: p2pz edit, sample, invert, direction and bench."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import subprocess
 import sys
 import time
 import warnings
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # --help and wrong arguments answer without the modules that 
     from p2pz.model import Model
 
 PRESETS = ("p2pz", "authors", "diffusers")
+BENCHES = ("edit_speed", "kernels", "quality", "cpu_edit")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -266,6 +268,14 @@ def _read_item(path: Path) -> Image.Image | Inversion:
     return Inversion.load(path) if path.suffix == ".safetensors" else read_image(path)
 
 
+def bench_command(args: argparse.Namespace) -> int:
+    """`p2pz bench`: a script of the benchmark suite, in a process of its own."""
+    script = Path(__file__).resolve().parent.parent / "bench" / f"{args.suite}.py"
+    if not script.is_file():
+        raise ValueError("the benchmarks are not installed with p2pz: run it in a clone, installed by pip install -e .")
+    return subprocess.run([sys.executable, str(script), *args.options]).returncode
+
+
 def _load(args: argparse.Namespace) -> Model:
     """The model that the options name."""
     import torch
@@ -359,6 +369,7 @@ _EPILOGS = {
     "invert": "example: p2pz invert cat.png -o cat.safetensors\n         p2pz edit cat.safetensors --from cat --to dog",
     "direction": "example: p2pz direction --from cat --to dog -o cat2dog.safetensors\n"
     "         p2pz edit cat.png --direction cat2dog.safetensors",
+    "bench": "example: p2pz bench edit_speed --out results",
 }
 
 
@@ -430,6 +441,12 @@ def _parser() -> argparse.ArgumentParser:
             f"--{side}-sentences", metavar="FILE", help=f"{side} sentences, one a line (default: built in)"
         )
     direction.add_argument("-o", "--out", required=True, help="file, .safetensors")
+
+    bench = command("bench", bench_command, "run a benchmark", "SUITE")
+    bench.add_argument("suite", choices=BENCHES, metavar="SUITE", help=", ".join(BENCHES))
+    bench.add_argument(
+        "options", nargs=argparse.REMAINDER, metavar="OPTIONS", help="of the benchmark; --help lists them"
+    )
 
     for sub in (edit, sample, invert, direction):
         sub.add_argument("--model", metavar="FOLDER", help="Stable Diffusion (default: $P2PZ_MODEL, or bundled)")

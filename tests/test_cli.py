@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from p2pz import cli, editing
 from p2pz.presets import PRESETS
 from p2pz.weights import MINI_FOLDER, mini_world
 
-COMMANDS = ("edit", "sample", "invert", "direction")
+COMMANDS = ("edit", "sample", "invert", "direction", "bench")
 CAT_TO_DOG = ("--from", "cat", "--to", "dog", "--steps", "2")
 
 
@@ -241,10 +242,10 @@ def test_help_is_quick_and_has_examples():
     )
     done = subprocess.run([sys.executable, "-c", script, *COMMANDS], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.count("\nexample: p2pz ") == 5 and all(
+    assert done.stdout.count("\nexample: p2pz ") == 6 and all(
         f"example: p2pz {name} " in done.stdout for name in COMMANDS
     )
-    assert len(re.findall(r"^usage: p2pz", done.stdout, re.M)) == 5
+    assert len(re.findall(r"^usage: p2pz", done.stdout, re.M)) == 6
 
 
 def test_version_and_choices(p2pz_):
@@ -437,6 +438,23 @@ def test_broken_model_folders_are_one_line(spoil, message, p2pz_, tmp_path):
     status, out, err = p2pz_(*EDIT, "--model", folder)
     assert (status, out, len(err)) == (2, [], 1)
     assert err[0].startswith("p2pz: error: ") and message in err[0]
+
+
+def test_bench_runs_a_script_with_its_options(p2pz_, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        cli.subprocess, "run", lambda command: ran.append(command) or subprocess.CompletedProcess([], 3)
+    )
+    assert p2pz_("bench", "kernels", "--out", "results", "--quick")[0] == 3  # the script's own status
+    python, script, *options = ran[0]
+    assert python == sys.executable and Path(script).is_file() and options == ["--out", "results", "--quick"]
+    assert {Path(script).with_stem(name).is_file() for name in cli.BENCHES} == {True}
+
+
+def test_bench_without_the_repository(p2pz_, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "p2pz" / "cli.py"))
+    status, _, err = p2pz_("bench", "kernels")
+    assert status == 2 and len(err) == 1 and "not installed with p2pz: run it in a clone" in err[0]
 
 
 # --- warnings, interruptions, whole processes ---
