@@ -112,6 +112,32 @@ def compile_ahead(function: Callable, *args) -> None:
         contextvars.copy_context().run(dry_run)  # a copy, since Triton 3.6 stays in its mode after an error
 
 
+def check_bias(bias: Tensor | None, x: Tensor) -> str | None:
+    """Check the bias that a kernel adds to the last axis of `x`.
+
+    Args:
+        bias: `[C]`, dtype of `x` or float32; None for none.
+        x: `[..., C]`.
+
+    Returns:
+        Why the kernel cannot take it, for `choose_triton`, or None.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if bias is None:
+        return None
+    if bias.shape != x.shape[-1:]:
+        raise ValueError(f"bias must be {[x.shape[-1]]} to go with x {list(x.shape)}, not {list(bias.shape)}")
+    if bias.dtype not in (x.dtype, torch.float32) or bias.device != x.device:
+        raise ValueError(
+            f"bias is {bias.dtype} on {bias.device}, but x is {x.dtype} on {x.device}: its dtype must be that of x "
+            "or float32, its device the same"
+        )
+    trained = bias.requires_grad and torch.is_grad_enabled()
+    return "bias requires a gradient: the kernel gives none for it" if trained else None
+
+
 def check_attention(q: Tensor, **keys: Tensor) -> None:
     """Check the shapes and dtypes of attention inputs.
 

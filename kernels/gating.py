@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.dispatch import choose_triton, launch, library_op, tl, triton, unit_stride
+from p2pz.kernels.dispatch import check_bias, choose_triton, launch, library_op, tl, triton, unit_stride
 
 TILE = (1, 512, 2)
 """Rows, columns and warps of a tile: 16 values and 16 gates per thread. 256 divides every inner width of SD."""
@@ -199,19 +199,8 @@ def geglu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Te
     """
     if x.ndim == 0 or x.shape[-1] % 2 or 0 in x.shape:
         raise ValueError(f"x must be [..., 2 * inner] with no empty axis, not {list(x.shape)}")
-    tensors = [x]
-    unsupported = None
-    if bias is not None:
-        if bias.shape != x.shape[-1:]:
-            raise ValueError(f"bias must be {[x.shape[-1]]} to go with x {list(x.shape)}, not {list(bias.shape)}")
-        if bias.dtype not in (x.dtype, torch.float32) or bias.device != x.device:
-            raise ValueError(
-                f"bias is {bias.dtype} on {bias.device}, but x is {x.dtype} on {x.device}: its dtype must be that of x "
-                "or float32, its device the same"
-            )
-        tensors.append(bias)
-        if bias.requires_grad and torch.is_grad_enabled():
-            unsupported = "bias requires a gradient: the kernel gives one for x only"
+    unsupported = check_bias(bias, x)
+    tensors = [tensor for tensor in (x, bias) if tensor is not None]
     if choose_triton(backend, unsupported, *tensors):
         return _geglu(x, bias, [])
     return geglu_reference(x, bias)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from p2pz.kernels.dispatch import choose_triton, launch, library_op, tl, triton, unit_stride
+from p2pz.kernels.dispatch import check_bias, choose_triton, launch, library_op, tl, triton, unit_stride
 
 TILE = (1024, 4)
 """Elements and warps of a tile: 8 elements per thread, one 16-byte access of each tensor."""
@@ -108,19 +108,8 @@ def add_residual(x: Tensor, residual: Tensor, bias: Tensor | None = None, *, bac
         raise ValueError(
             f"residual is {residual.dtype} on {residual.device}, but x is {x.dtype} on {x.device}: they must agree"
         )
-    tensors = [x, residual]
-    unsupported = None
-    if bias is not None:
-        if bias.shape != x.shape[-1:]:
-            raise ValueError(f"bias must be {[x.shape[-1]]} to go with x {list(x.shape)}, not {list(bias.shape)}")
-        if bias.dtype not in (x.dtype, torch.float32) or bias.device != x.device:
-            raise ValueError(
-                f"bias is {bias.dtype} on {bias.device}, but x is {x.dtype} on {x.device}: its dtype must be that of x "
-                "or float32, its device the same"
-            )
-        tensors.append(bias)
-        if bias.requires_grad and torch.is_grad_enabled():
-            unsupported = "bias requires a gradient: the kernel gives one for x and residual only"
+    unsupported = check_bias(bias, x)
+    tensors = [tensor for tensor in (x, residual, bias) if tensor is not None]
     if choose_triton(backend, unsupported, *tensors):
         return _add_residual(x, residual, bias, [])
     return add_residual_reference(x, residual, bias)
