@@ -4,6 +4,7 @@ from p2pz.captions import caption
 from p2pz.directions import Direction, direction
 from p2pz.editing import EditResult, edit
 from p2pz.inversion import Inversion, invert
+from p2pz.methods import ddim_edit, prompt_to_prompt, sdedit
 from p2pz.model import Model, load
 from p2pz.sampling import sample
 from p2pz.weights import CheckpointError
@@ -15,11 +16,14 @@ __all__ = [
     "Inversion",
     "Model",
     "caption",
+    "ddim_edit",
     "direction",
     "edit",
     "invert",
     "load",
+    "prompt_to_prompt",
     "sample",
+    "sdedit",
 ]
 
 __version__ = "0.1.0"

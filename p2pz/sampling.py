@@ -22,21 +22,24 @@ from p2pz.unet import Conditioning
 def sample_latents(
     model: Model,
     noise: Tensor,
-    negative: Tensor,
+    negative: Tensor | None,
     context: Tensor,
     steps: int,
     guidance: float,
     progress: bool | None = None,
+    skip: int = 0,
 ) -> Tensor:
     """Denoise from noise.
 
     Args:
         model: the model.
-        noise: `[B, 4, h, w]` float32, standard normal.
-        negative, context: text states of the negative and of the prompt, each `[B, 77, d]`.
+        noise: `[B, 4, h, w]` float32, standard normal; or, with `skip`, latents of the step to begin with.
+        negative, context: text states of the negative and of the prompt, each `[B, 77, d]`; without guidance the
+            negative is not read.
         steps: 1 to 999.
         guidance: classifier-free guidance scale; 1 leaves the negative half out.
         progress: show a bar; None: on a terminal only.
+        skip: steps to leave out at the beginning, fewer than `steps`.
 
     Returns:
         Latents of the images, `[B, 4, h, w]` float32.
@@ -45,7 +48,8 @@ def sample_latents(
     """
     pairs = guidance != 1
     schedule = denoising_schedule(steps)
-    conditioning = model.condition(schedule.timesteps, torch.cat([negative, context]) if pairs else context)
+    texts = torch.cat([negative, context]) if pairs else context
+    shifts, keys_values = model.condition(schedule.timesteps[skip:], texts)
 
     def step(index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
         (latents,), (shifts, keys_values, alphas, guidance) = state, constants
@@ -55,8 +59,9 @@ def sample_latents(
         predicted = guided(model.to_noise(prediction, halves, alpha_from), guidance, pairs)
         return (ddim_step(latents, predicted, alpha_from, alpha_to),)
 
-    constants = [*conditioning, schedule.alphas.to(model.device), torch.tensor(guidance, device=model.device)]
-    return model.graphs.run(("sample", pairs), step, [noise], constants, steps, "sampling", hide(progress))[0]
+    alphas = schedule.alphas[skip:].to(model.device)
+    constants = [shifts, keys_values, alphas, torch.tensor(guidance, device=model.device)]
+    return model.graphs.run(("sample", pairs), step, [noise], constants, steps - skip, "sampling", hide(progress))[0]
 
 
 @explain_out_of_memory
