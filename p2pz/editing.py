@@ -219,7 +219,7 @@ def edit_latents(
             *reference_queries(kept),
         ]
 
-    kind = "edit", pairs, reference_pairs, guides, settings.gradient, model.checkpoint
+    kind = "edit", id(model.unet), pairs, reference_pairs, guides, settings.gradient, model.checkpoint
     reference, *queries = model.graphs.call(("reference", *kind), first, [noise, *constants])
     state = [noise.repeat(copies, 1, 1, 1), reference, *queries]
     latents, reference, *_ = model.graphs.run(kind, step, state, constants, settings.steps, "editing", hide(progress))

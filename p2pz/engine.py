@@ -65,6 +65,7 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the trial run took would lie beside the graph's own memory
+        self._function = function  # keeps the weights alive that the graph reads
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             self.results = function(*self.arguments)
@@ -109,7 +110,7 @@ class Graphs:
         """The graph of `function`, recorded now if there is none yet.
 
         Args:
-            kind: names the function and all that is fixed in it.
+            kind: names the function and all that is fixed in it, modules by their `id`.
             function: see `CudaGraph`.
             arguments: on one GPU.
         """
@@ -144,7 +145,7 @@ class Graphs:
         """Repeat a step.
 
         Args:
-            kind: names the step and all that is fixed in it.
+            kind: names the step and all that is fixed in it, modules by their `id`.
             step: `step(index, state, constants) -> state`; the index, a tensor `[1]`, counts from 0.
             state: what the first step begins with.
             constants: tensors, tables among them.
@@ -162,9 +163,11 @@ class Graphs:
                 index = index + 1
             return state
 
+        size = len(state)
+
         def advance(index: Tensor, *tensors: Tensor) -> Tensors:
-            places = tensors[: len(state)]
-            torch._foreach_copy_(places, step(index, places, tensors[len(state) :]))
+            places = tensors[:size]
+            torch._foreach_copy_(places, step(index, places, tensors[size:]))
             index += 1
             return places
 

@@ -144,7 +144,7 @@ def invert_latents(
         offsets = [draw_offsets(generator, settings, *image_latents.shape[1:3]) for _ in range(len(schedule))]
         constants.append(torch.stack(offsets))
     constants = [tensor.to(model.device) for tensor in constants]
-    kind = "invert", *strengths, settings.form
+    kind = "invert", id(model.unet), *strengths, settings.form
     return model.graphs.run(kind, step, [image_latents], constants, len(schedule), "inverting", hide(progress))[0]
 
 

@@ -596,7 +596,7 @@ def prompt_to_prompt_latents(
         sharing = tuple(start < last for last in until)
         constants = [shifts[start:end], keys_values, alphas[start:end], guidance]
         constants += [tokens.mapping, tokens.mix, tokens.weights] if sharing[0] else []
-        kind = "prompt to prompt", pairs, *sharing
+        kind = "prompt to prompt", id(model.unet), pairs, *sharing
         state = model.graphs.run(kind, segment(*sharing), state, constants, end - start, "editing", hide(progress))
     return state[0], state[1]
 

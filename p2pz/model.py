@@ -128,7 +128,7 @@ class Model:
         """
         images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
         with self.at_work(self.vae) as graphs:  # one by one, because each takes much memory
-            moments = [graphs.call("encode", self.vae.encode, [image]) for image in images.split(1)]
+            moments = [graphs.call(("encode", id(self.vae)), self.vae.encode, [image]) for image in images.split(1)]
         latents, log_variance = (torch.cat(parts).float() for parts in zip(*moments, strict=True))
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator).to(latents.device)
@@ -140,7 +140,8 @@ class Model:
         """Images `[B, 3, H, W]` float32 in [-1, 1] of scaled latents `[B, 4, h, w]`."""
         latents = (latents / self.vae.config.scaling_factor).to(self.dtype, memory_format=torch.channels_last)
         with self.at_work(self.vae) as graphs:
-            images = [graphs.call("decode", lambda x: [self.vae.decode(x)], [one])[0] for one in latents.split(1)]
+            kind = "decode", id(self.vae)
+            images = [graphs.call(kind, lambda x: [self.vae.decode(x)], [one])[0] for one in latents.split(1)]
         return torch.cat(images).float().clamp(-1, 1)
 
     @torch.no_grad()

@@ -61,7 +61,8 @@ def sample_latents(
 
     alphas = schedule.alphas[skip:].to(model.device)
     constants = [shifts, keys_values, alphas, torch.tensor(guidance, device=model.device)]
-    return model.graphs.run(("sample", pairs), step, [noise], constants, steps - skip, "sampling", hide(progress))[0]
+    kind = "sample", id(model.unet), pairs
+    return model.graphs.run(kind, step, [noise], constants, steps - skip, "sampling", hide(progress))[0]
 
 
 @explain_out_of_memory

@@ -8,6 +8,7 @@ import torch
 import p2pz
 from p2pz.engine import MOST_GRAPHS, Graphs, row
 from p2pz.images import psnr
+from p2pz.sampling import sample_latents
 from p2pz.weights import MINI_FOLDER, mini_world
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -65,3 +66,14 @@ def test_edit_is_the_same_with_and_without_graphs(guidance):
     recorded, plain = (p2pz.edit(picture, "cat->dog", model=each, **settings) for each in models)
     assert psnr(recorded.image, plain.image) > 60  # cuDNN's float32 gradients differ from run to run by rounding
     assert model.graphs.graphs and not models[1].graphs.graphs
+
+
+@needs_gpu
+def test_a_model_with_another_unet_does_not_replay_the_old_one(device):
+    """Models made by `replace` share the recorded work."""
+    model = p2pz.load(MINI_FOLDER, device=device)
+    noise, states = torch.randn(1, 4, 32, 32, device=device), model.encode_text(["a photo of a cat"])
+    other = replace(model, unet=p2pz.load(MINI_FOLDER, device=device).unet)
+    torch.nn.init.zeros_(other.unet.conv_out.weight)
+    first, second = (sample_latents(each, noise, None, states, 2, 1.0, False) for each in (model, other))
+    assert not torch.allclose(first, second)
