@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.dispatch import choose_triton, launch, library_op, tl, triton
+from p2pz.kernels.dispatch import channels_last, choose_triton, launch, library_op, tl, triton
 from p2pz.kernels.tiles import dot
 
 FEWEST = 64
@@ -136,10 +136,6 @@ def _sum_kernel(
     tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=mask)
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
 def _like(x: Tensor, channels: int) -> Tensor:
     """A new map of so many channels, channels-last."""
     shape = (len(x), channels, *x.shape[2:])
@@ -149,9 +145,9 @@ def _like(x: Tensor, channels: int) -> Tensor:
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, transposed: bool, tile: list[int]
 ) -> Tensor:
-    x, weight = _channels_last(x), _channels_last(weight)
+    x, weight = channels_last(x), channels_last(weight)
     bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else _channels_last(residual)
+    residual = None if residual is None else channels_last(residual)
     batch, channels_in, height, width = x.shape
     channels_out = weight.shape[1 if transposed else 0]
     positions = batch * height * width

@@ -112,6 +112,11 @@ def compile_ahead(function: Callable, *args) -> None:
         contextvars.copy_context().run(dry_run)  # a copy, since Triton 3.6 stays in its mode after an error
 
 
+def channels_last(maps: Tensor) -> Tensor:
+    """`[B, C, h, w]` with the channels next to each other in memory; copied only if they are not."""
+    return maps.contiguous(memory_format=torch.channels_last)
+
+
 def check_bias(bias: Tensor | None, x: Tensor) -> str | None:
     """Check the bias that a kernel adds to the last axis of `x`.
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.dispatch import choose_triton, launch, library_op, tl, triton, unit_stride
+from p2pz.kernels.dispatch import channels_last, choose_triton, launch, library_op, tl, triton, unit_stride
 
 MAX_GROUP_WIDTH = 1024
 MAX_ROW_WIDTH = 8192
@@ -407,10 +407,6 @@ def _layer_norm_backward_kernel(
     tl.store(p_dx + o_r[:, None] * C + o_c[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_x)
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _launches(x: Tensor, groups: int, shift: Tensor | None, plan: list[int], backward: bool) -> tuple:
     """Grid and arguments of the first launch, of the second, and the moments between them (all None: a single one)."""
     batch, channels, height, width = x.shape
@@ -440,7 +436,7 @@ def _group_norm(
     residual: Tensor | None, plan: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Result, sum (empty without a residual) and statistics; an empty plan means `_plan`."""
-    x, residual = _channels_last(x), None if residual is None else _channels_last(residual)
+    x, residual = channels_last(x), None if residual is None else channels_last(residual)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     total = x.new_empty(0) if residual is None else torch.empty_like(y)
     statistics = torch.empty((2, len(x), groups), dtype=torch.float32, device=x.device)
@@ -470,7 +466,7 @@ def _group_norm_backward(
     shift: Tensor | None, statistics: Tensor, plan: list[int],
 ) -> Tensor:  # fmt: skip
     """Gradient of `x`; an empty plan means `_plan`."""
-    dy, x, dsum = _channels_last(dy), _channels_last(x), None if dsum is None else _channels_last(dsum)
+    dy, x, dsum = channels_last(dy), channels_last(x), None if dsum is None else channels_last(dsum)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     grid, first, finish_grid, second, partial = _launches(x, groups, shift, plan, True)
     shared = {"p_dy": dy, "p_dsum": dsum, "p_x": x, "p_weight": unit_stride(weight), "p_bias": unit_stride(bias)}
@@ -661,7 +657,7 @@ def group_norm(
     tensors = [tensor for tensor in (x, weight, bias, shift, residual) if tensor is not None]
     if not choose_triton(backend, unsupported, *tensors):
         return group_norm_reference(x, groups, weight, bias, eps, silu=silu, shift=shift, residual=residual)
-    y, total, _ = _group_norm(_channels_last(x), groups, weight, bias, eps, silu, shift, residual, [])
+    y, total, _ = _group_norm(channels_last(x), groups, weight, bias, eps, silu, shift, residual, [])
     return y if residual is None else (y, total)
 
 

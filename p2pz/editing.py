@@ -159,11 +159,9 @@ def edit_latents(
     schedule = denoising_schedule(settings.steps)
     shifts, keys_values = model.condition(schedule.timesteps, torch.cat([edit_texts, reference_texts]))
     edit_rows, reference_rows = len(edit_texts), len(reference_texts)
-    # One step more, which stands still: the reference's, after the last.
-    shifts, alphas = (
-        torch.cat([shifts, shifts[-1:]]),
-        torch.cat([schedule.alphas, schedule.alphas[-1:, 1:].expand(1, 2)]),
-    )
+    # One row more for the reference, which is a step ahead: after the last step it stands still.
+    shifts = torch.cat([shifts, shifts[-1:]])
+    alphas = torch.cat([schedule.alphas, schedule.alphas[-1:, 1:].expand(1, 2)])
     scales = torch.tensor([settings.guidance, settings.xa_guidance])
     constants = [tensor.to(model.device) for tensor in (shifts, keys_values, alphas, scales)]
 
@@ -294,9 +292,9 @@ def edit(
 
     places = [i for i, item in enumerate(items) if not isinstance(item, Inversion)]
     pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model), strict=True))
-    sizes = [pictures[i].size[::-1] if i in pictures else _image_size(item, model) for i, item in enumerate(items)]
+    sizes = [pictures[i].size[::-1] if i in pictures else image_size(item, model) for i, item in enumerate(items)]
     plans = {size: plan_for(model, size, batch_size, rows, guided_rows) for size in sizes}
-    prompts = _prompts(items, pictures, prompt, source_prompt(directions[0].source), model)
+    prompts = prompts_for(items, pictures, prompt, source_prompt(directions[0].source), model)
     results: list[list[EditResult | None]] = [[None] * len(directions) for _ in items]
     for group in same_size_groups(sizes):
         plan = plans[sizes[group[0]]]
@@ -319,7 +317,7 @@ def edit(
                     reconstruction = reconstructions[k % len(batch)]
                     quality = psnr(reconstruction, pictures[i]) if i in pictures else None
                     results[i][j] = EditResult(edited[k], reconstruction, inversions[i], prompts[i], quality)
-    chosen = [row[0] if single_direction else row for row in results]
+    chosen = [each[0] if single_direction else each for each in results]
     return chosen[0] if single else chosen
 
 
@@ -366,13 +364,22 @@ def _edit_batch(
     return to_pictures(model.decode_latents(latents)), to_pictures(model.decode_latents(reference))
 
 
-def _prompts(
+def prompts_for(
     items: Sequence[ImageLike | Inversion],
     pictures: dict[int, Image.Image],
     prompt: str | Sequence[str] | None,
     default: str,
     model: Model,
 ) -> list[str]:
+    """A caption for each of a mixture of images and inversions.
+
+    Args:
+        items: images and inversions.
+        pictures: the images as they are worked on, by their places among the items.
+        prompt: one text, or one for each item; None: an inversion's own, and for images see `captions_for`.
+        default: what is assumed of an image if nothing is known.
+        model: the model.
+    """
     if prompt is not None:
         return captions_for(items, prompt, default, model)
     if not pictures:
@@ -381,5 +388,6 @@ def _prompts(
     return [found[i] if i in pictures else item.prompt for i, item in enumerate(items)]
 
 
-def _image_size(inversion: Inversion, model: Model) -> tuple[int, ...]:
+def image_size(inversion: Inversion, model: Model) -> tuple[int, ...]:
+    """Height and width in pixels of the image that an inversion was made of."""
     return tuple(side * model.vae.config.downsampling for side in inversion.latents.shape[1:])

@@ -17,9 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from p2pz.attention import Attend, Site
-from p2pz.captions import captions_for
 from p2pz.directions import Direction, parse_direction, source_prompt, with_article
-from p2pz.editing import EditResult, edit, edit_latents, guided
+from p2pz.editing import EditResult, edit, edit_latents, guided, image_size, prompts_for
 from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures, to_tensor
 from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
@@ -142,23 +141,16 @@ def _in_batches(
         numbers = numbers | {"steps": steps.pop()}
     settings = settings_for(model, preset, **numbers)
 
-    pictures = prepare_pictures([items[i] for i in places], model)
-    for i, picture in zip(places, pictures, strict=True):
-        items[i] = picture
-    if prompt is None:
-        found = captions_for(pictures, None, source_prompt(source), model) if pictures else []
-        prompts = [getattr(item, "prompt", None) for item in items]
-        for i, caption in zip(places, found, strict=True):
-            prompts[i] = caption
-    else:
-        prompts = captions_for(items, prompt, "", model)
+    pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model), strict=True))
+    prompts = prompts_for(items, pictures, prompt, source_prompt(source), model)
+    items = [pictures.get(i, item) for i, item in enumerate(items)]
     targets = [swap_words(text, source, target) for text in prompts]
 
     sizes = []
     for item in items:
         if isinstance(item, Inversion):
             item.check_fits(model)
-            sizes.append(tuple(side * model.vae.config.downsampling for side in item.latents.shape[1:]))
+            sizes.append(image_size(item, model))
         else:
             sizes.append(item.size[::-1])
     rows = references + 1 + (settings.guidance != 1)

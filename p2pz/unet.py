@@ -396,13 +396,10 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def _residual_blocks(self) -> list[ResnetBlock]:
-        """In the order in which they run."""
-        return [module for module in self.modules() if isinstance(module, ResnetBlock)]
-
-    def _cross_attentions(self) -> list[Attention]:
-        """In the order in which they run."""
-        return [module for module in self.modules() if isinstance(module, Attention) and module.kind == "cross"]
+        # In the order in which they run.
+        self._residual_blocks = [module for module in self.modules() if isinstance(module, ResnetBlock)]
+        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        self._cross_attentions = [layer for layer in attentions if layer.kind == "cross"]
 
     def fuse(self) -> None:
         """Lay projections that read the same tokens out as one matrix; once the weights are in their final place."""
@@ -422,14 +419,14 @@ class UNet(nn.Module):
         """
         features = timestep_embedding(timesteps, self.config.block_out_channels[0])
         embedding = self.time_embedding(features.to(context.dtype))
-        shifts = torch.cat([block.time_shift(embedding) for block in self._residual_blocks()], dim=-1)
+        shifts = torch.cat([block.time_shift(embedding) for block in self._residual_blocks], dim=-1)
         return Conditioning(
-            shifts, torch.cat([layer.keys_and_values(context) for layer in self._cross_attentions()], dim=-1)
+            shifts, torch.cat([layer.keys_and_values(context) for layer in self._cross_attentions], dim=-1)
         )
 
     def _split_keys_values(self, keys_values: Tensor) -> tuple[Tensor, ...]:
         """`[B, M, 2 * C]` of each cross-attention layer."""
-        return keys_values.split([2 * layer.to_v.out_features for layer in self._cross_attentions()], dim=-1)
+        return keys_values.split([2 * layer.to_v.out_features for layer in self._cross_attentions], dim=-1)
 
     def keys(self, keys_values: Tensor) -> dict[str, Tensor]:
         """Keys of each cross-attention layer, by its path.
@@ -440,7 +437,7 @@ class UNet(nn.Module):
         Returns:
             `path -> [B, M, H, D]`, views.
         """
-        parts = zip(self._cross_attentions(), self._split_keys_values(keys_values), strict=True)
+        parts = zip(self._cross_attentions, self._split_keys_values(keys_values), strict=True)
         return {layer.path: part.chunk(2, dim=-1)[0].unflatten(-1, (layer.heads, -1)) for layer, part in parts}
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, attend: Attend = attend) -> Tensor:
@@ -465,7 +462,7 @@ class UNet(nn.Module):
         With `checkpoint`, a layer keeps nothing but its input for the backward pass, which runs the layer again, calls
         of `attend` included. Not so the last layer that calls `attend`, so `attend` may end the pass there.
         """
-        widths = [block.conv1.out_channels for block in self._residual_blocks()]
+        widths = [block.conv1.out_channels for block in self._residual_blocks]
         shifts = conditioning.shifts.split(widths, dim=-1)
         layers = Layers(iter(shifts), iter(self._split_keys_values(conditioning.keys_values)))
 
