@@ -19,13 +19,14 @@ from p2pz.kernels.tiles import lifted, plan, probabilities, product, weigh
 
 
 def guided_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, q_reference: Tensor, k_reference: Tensor
+    q: Tensor, k: Tensor, v: Tensor, q_reference: Tensor, k_reference: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `guided_attention`."""
     probabilities = attention_probabilities(q, k)
-    reference = attention_probabilities(q_reference, k_reference)
-    loss = (probabilities - reference).square().sum((2, 3)).mean(1)
-    return attend_with_probabilities(probabilities, v), loss
+    squares = (probabilities - attention_probabilities(q_reference, k_reference)).square()
+    if weights is not None:
+        squares = squares * weights.to(squares.dtype)[..., None, None, :]
+    return attend_with_probabilities(probabilities, v), squares.sum((2, 3)).mean(1)
 
 
 @triton.jit
@@ -35,6 +36,7 @@ def guided_forward(
     p_v,  # [B, M, H, D]
     p_q_reference,  # [B, N, H, D]
     p_k_reference,  # [B, M, H, D]
+    p_weights,  # [B, M], or None
     p_out,  # [B, N, H, D] contiguous
     p_loss,  # [B, H, blocks] contiguous float32: each program's share of the loss
     stride_qb, stride_qn, STRIDE_QH: tl.constexpr,
@@ -42,6 +44,7 @@ def guided_forward(
     stride_vb, stride_vm, STRIDE_VH: tl.constexpr,
     stride_qrb, stride_qrn, STRIDE_QRH: tl.constexpr,
     stride_krb, stride_krm, STRIDE_KRH: tl.constexpr,
+    stride_weights_b,
     N,
     scale,  # log2(e) / sqrt(D)
     H: tl.constexpr,
@@ -68,7 +71,12 @@ def guided_forward(
     b_p = probabilities(p_q, p_k, o_n, stride_qn, stride_km, scale, N, M, D, PIECE, BLOCK_N, BLOCK_M)
 
     # rows beyond N and keys beyond M add nothing: both maps are equal there
-    b_loss = tl.sum((b_p - b_r) * (b_p - b_r), axis=1)
+    b_squares = (b_p - b_r) * (b_p - b_r)
+    if p_weights is not None:
+        o_m = tl.arange(0, BLOCK_M)
+        b_weights = tl.load(p_weights + i_b64 * stride_weights_b + o_m, mask=o_m < M, other=0.0)
+        b_squares *= b_weights.to(tl.float32)[None, :]
+    b_loss = tl.sum(b_squares, axis=1)
     b_one = tl.full([BLOCK_N], 1.0, dtype=tl.float32)
     weigh(b_p, b_one, p_v, p_out, o_n, stride_vm, H * D, N, M, D, PIECE, BLOCK_N, BLOCK_M)
     i_program = (i_b * tl.num_programs(1) + i_h) * tl.num_programs(0) + i_n
@@ -82,6 +90,7 @@ def guided_backward(
     p_v,  # [B, M, H, D]
     p_q_reference,  # [B, N, H, D]
     p_k_reference,  # [B, M, H, D]
+    p_weights,  # [B, M], or None
     p_dout,  # [B, N, H, D], or None
     p_dloss,  # [B] float32, or None
     p_dq,  # [B, N, H, D] contiguous
@@ -90,6 +99,7 @@ def guided_backward(
     stride_vb, stride_vm, STRIDE_VH: tl.constexpr,
     stride_qrb, stride_qrn, STRIDE_QRH: tl.constexpr,
     stride_krb, stride_krm, STRIDE_KRH: tl.constexpr,
+    stride_weights_b,
     stride_dob, stride_don, STRIDE_DOH: tl.constexpr,
     stride_dloss,
     N,
@@ -112,6 +122,7 @@ def guided_backward(
     # [BLOCK_N, BLOCK_M]
     b_p = probabilities(p_q, p_k, o_n, stride_qn, stride_km, scale, N, M, D, PIECE, BLOCK_N, BLOCK_M)
     b_dp = tl.zeros_like(b_p)
+    o_m = tl.arange(0, BLOCK_M)
     if p_dloss is not None:
         p_q_reference += i_b64 * stride_qrb + i_h * STRIDE_QRH
         p_k_reference += i_b64 * stride_krb + i_h * STRIDE_KRH
@@ -119,10 +130,12 @@ def guided_backward(
             p_q_reference, p_k_reference, o_n, stride_qrn, stride_krm, scale, N, M, D, PIECE, BLOCK_N, BLOCK_M
         )
         b_dp = (b_p - b_r) * (tl.load(p_dloss + i_b64 * stride_dloss) * (2.0 / H))
+        if p_weights is not None:
+            b_weights = tl.load(p_weights + i_b64 * stride_weights_b + o_m, mask=o_m < M, other=0.0)
+            b_dp *= b_weights.to(tl.float32)[None, :]
     if p_dout is not None:
         p_v += i_b64 * stride_vb + i_h * STRIDE_VH
         p_dout += i_b64 * stride_dob + i_h * STRIDE_DOH
-        o_m = tl.arange(0, BLOCK_M)
         b_dp += product(p_dout, p_v, o_n, o_m, stride_don, stride_vm, N, M, D, PIECE, BLOCK_N, BLOCK_M)
     b_ds, b_largest = lifted(b_p * (b_dp - tl.sum(b_dp * b_p, axis=1)[:, None]))
     weigh(b_ds, b_largest * scale_dq, p_k, p_dq, o_n, stride_km, H * D, N, M, D, PIECE, BLOCK_N, BLOCK_M)
@@ -133,11 +146,17 @@ def layout(tensor: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if tensor is None else tensor.stride()[:3]
 
 
+def _image_stride(weights: Tensor | None) -> int | None:
+    """From the weights of one image to those of the next; None, so that it is no argument of the kernel, for none."""
+    return None if weights is None else weights.stride(0) if weights.ndim == 2 else 0
+
+
 @library_op("p2pz::guided_attention")
 def guided_attention_op(
-    q: Tensor, k: Tensor, v: Tensor, q_reference: Tensor, k_reference: Tensor
+    q: Tensor, k: Tensor, v: Tensor, q_reference: Tensor, k_reference: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     q, k, v, q_reference, k_reference = map(unit_stride, (q, k, v, q_reference, k_reference))
+    weights = None if weights is None else unit_stride(weights)
     batch, count, heads, _ = q.shape
     sizes = plan(q, k.shape[1], batch * heads)
     blocks = triton.cdiv(count, sizes["BLOCK_N"])
@@ -145,15 +164,15 @@ def guided_attention_op(
     losses = torch.empty(batch, heads * blocks, dtype=torch.float32, device=q.device)
     launch(
         guided_forward, (blocks, heads, batch),
-        q, k, v, q_reference, k_reference, out, losses,
-        *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference),
+        q, k, v, q_reference, k_reference, weights, out, losses,
+        *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference), _image_stride(weights),
         count, score_scale(q), heads, **sizes,
     )  # fmt: skip
     return out, losses.sum(1)
 
 
 @guided_attention_op.register_fake
-def _(q, k, v, q_reference, k_reference):
+def _(q, k, v, q_reference, k_reference, weights=None):
     return q.new_empty(q.shape), q.new_empty(len(q), dtype=torch.float32)
 
 
@@ -166,24 +185,25 @@ def guided_attention_backward_op(
     k_reference: Tensor,
     dout: Tensor | None,
     dloss: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     q, k, v, q_reference, k_reference = map(unit_stride, (q, k, v, q_reference, k_reference))
-    dout = None if dout is None else unit_stride(dout)
+    dout, weights = (None if x is None else unit_stride(x) for x in (dout, weights))
     batch, count, heads, width = q.shape
     sizes = plan(q, k.shape[1], batch * heads)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(
         guided_backward, (triton.cdiv(count, sizes["BLOCK_N"]), heads, batch),
-        q, k, v, q_reference, k_reference, dout, dloss, dq,
-        *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference), *layout(dout),
-        0 if dloss is None else dloss.stride(0),
+        q, k, v, q_reference, k_reference, weights, dout, dloss, dq,
+        *layout(q), *layout(k), *layout(v), *layout(q_reference), *layout(k_reference), _image_stride(weights),
+        *layout(dout), 0 if dloss is None else dloss.stride(0),
         count, score_scale(q), width**-0.5, heads, **sizes,
     )  # fmt: skip
     return dq
 
 
 @guided_attention_backward_op.register_fake
-def _(q, k, v, q_reference, k_reference, dout, dloss):
+def _(q, k, v, q_reference, k_reference, dout, dloss, weights=None):
     return q.new_empty(q.shape)
 
 
@@ -194,15 +214,30 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dout, dloss):
     wanted = ctx.needs_input_grad[0] and (dout is not None or dloss is not None)
-    dq = guided_attention_backward_op(*ctx.saved_tensors, dout, dloss) if wanted else None
-    return dq, None, None, None, None
+    *tensors, weights = ctx.saved_tensors
+    dq = guided_attention_backward_op(*tensors, dout, dloss, weights) if wanted else None
+    return dq, None, None, None, None, None
 
 
 guided_attention_op.register_autograd(_backward, setup_context=_save)
 
 
+def _check_weights(weights: Tensor, q: Tensor, keys: int) -> None:
+    if list(weights.shape) not in ([keys], [len(q), keys]):
+        raise ValueError(f"weights must be {[keys]} or {[len(q), keys]}, not {list(weights.shape)}")
+    if not weights.is_floating_point() or weights.device != q.device:
+        raise ValueError(f"weights must be a float tensor on {q.device}, not {weights.dtype} on {weights.device}")
+
+
 def guided_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_reference: Tensor, k_reference: Tensor, *, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_reference: Tensor,
+    k_reference: Tensor,
+    *,
+    weights: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention output, and the squared distance of its maps from the maps of a reference pass.
 
@@ -214,12 +249,14 @@ def guided_attention(
         v: values, `[B, M, H, D]`.
         q_reference: queries of the reference pass, `[B, N, H, D]`.
         k_reference: keys of the reference pass, `[B, M, H, D]`.
+        weights: how much each token's map counts in the loss, `[M]` or `[B, M]`, any float dtype, zero or more (which
+            is not checked: that would wait for the GPU). None: 1.
         backend: `"auto"`, `"torch"` or `"triton"`; the kernel takes M and D up to 256.
 
     Returns:
         `softmax(q k^T / sqrt(D)) v`, `[B, N, H, D]` in the dtype of `q`, and the loss of each image, `[B]` float32
-        (float64 for float64 input): squared differences of the maps, summed over positions and tokens and averaged
-        over the heads.
+        (float64 for float64 input): weighted squared differences of the maps, summed over positions and tokens and
+        averaged over the heads.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, an argument other than `q` that requires a
@@ -229,11 +266,16 @@ def guided_attention(
     """
     constants = {"k": k, "v": v, "q_reference": q_reference, "k_reference": k_reference}
     check_attention(q, **constants)
+    keys = k.shape[1]
+    if weights is not None:
+        _check_weights(weights, q, keys)
+        constants["weights"] = weights
     for name, tensor in constants.items():
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} requires a gradient, but is a constant here: only q has a gradient, detach {name}"
             )
-    if choose_triton(backend, too_large(q.shape[3], k.shape[1]), q, *constants.values()):
-        return guided_attention_op(q, k, v, q_reference, k_reference)
-    return guided_attention_reference(q, k, v, q_reference, k_reference)
+    if choose_triton(backend, too_large(q.shape[3], keys), q, k, v, q_reference, k_reference):
+        weights = weights.float() if weights is not None and weights.dtype == torch.float64 else weights
+        return guided_attention_op(q, k, v, q_reference, k_reference, weights)
+    return guided_attention_reference(q, k, v, q_reference, k_reference, weights)

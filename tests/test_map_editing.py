@@ -332,10 +332,12 @@ def test_the_forward_pass_stores_no_maps(device):
     arguments = drawn(2, 4096, 77, 77, 8, 40, torch.float16, device)
     given = factors(FACTORS, arguments)
     with_triton(*arguments, **given)
-    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+    # what was asked for: the allocator may give a MiB more, as the blocks happen to lie
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     out = with_triton(*arguments, **given)
-    assert torch.cuda.max_memory_allocated() - before - out.nbytes < 0.01 * 2 * 4096 * 77 * 8 * 2
+    most = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    assert most - before - out.nbytes < 0.01 * 2 * 4096 * 77 * 8 * 2
 
 
 # Arguments.

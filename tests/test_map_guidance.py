@@ -38,24 +38,24 @@ def drawn(batch, positions, keys, heads, width, dtype, device):
     return [x.to(dtype) for x in arguments]
 
 
-def results(function, arguments, dout, dloss):
+def results(function, arguments, dout, dloss, **weights):
     """Output, loss and the gradient of q; either upstream gradient may be None."""
     q = arguments[0].detach().requires_grad_()
-    out, loss = function(q, *arguments[1:])
+    out, loss = function(q, *arguments[1:], **weights)
     pairs = [(x, dx) for x, dx in ((out, dout), (loss, dloss)) if dx is not None]
     (dq,) = torch.autograd.grad([x for x, _ in pairs], q, [dx for _, dx in pairs])
     return out, loss, dq
 
 
-def with_triton(*arguments):
-    return guided_attention(*arguments, backend="triton")
+def with_triton(*arguments, **weights):
+    return guided_attention(*arguments, **weights, backend="triton")
 
 
 def error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
-def check(arguments, dout, dloss):
+def check(arguments, dout, dloss, **weights):
     """Every result is as near to float64 as the bounds ask, and at most twice as far as plain torch in that dtype."""
     q = arguments[0]
     exact = results(
@@ -63,9 +63,10 @@ def check(arguments, dout, dloss):
         [x.double() for x in arguments],
         None if dout is None else dout.double(),
         None if dloss is None else dloss.double(),
+        **{name: x.double() for name, x in weights.items()},
     )
-    ours = results(with_triton, arguments, dout, dloss)
-    plain = results(guided_attention_reference, arguments, dout, dloss)
+    ours = results(with_triton, arguments, dout, dloss, **weights)
+    plain = results(guided_attention_reference, arguments, dout, dloss, **weights)
     assert ours[0].dtype == ours[2].dtype == q.dtype and ours[1].dtype == torch.float32
     for name, actual, expected, rival in zip(("out", "loss", "dq"), ours, exact, plain, strict=True):
         assert actual.shape == expected.shape and torch.isfinite(actual).all()
@@ -189,6 +190,116 @@ def test_equal_runs_give_equal_bits(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+# Weights of the tokens.
+
+
+def drawn_weights(arguments, batched=False, dtype=torch.float32):
+    """Some of them zero; `batched`: for each image its own."""
+    batch, keys = arguments[1].shape[:2]
+    weights = 3 * torch.rand(*[batch] * batched, keys) * (torch.rand(keys) > 0.2)
+    weights[..., 0] = 2.0  # one key: not nothing
+    return weights.to(arguments[0].device, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_against_float64(shape, dtype, device):
+    arguments = drawn(1, *shape, dtype, device)
+    check(arguments, *upstream(arguments[0]), weights=drawn_weights(arguments))
+
+
+@pytest.mark.parametrize(("from_out", "from_loss"), [(True, True), (True, False), (False, True)])
+@all_dtypes
+def test_weights_of_a_batch(from_out, from_loss, dtype, device):
+    arguments = drawn(3, 20, 77, 2, 40, dtype, device)
+    dout, dloss = upstream(arguments[0])
+    upstreams = dout if from_out else None, dloss if from_loss else None
+    check(arguments, *upstreams, weights=drawn_weights(arguments, batched=True))
+    if not from_loss:  # the weights then do not matter
+        _, _, dq = results(with_triton, arguments, *upstreams, weights=torch.full((77,), float("nan"), device=device))
+        assert torch.isfinite(dq).all()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes_of_the_weights(dtype, batched, device):
+    arguments = drawn(2, 20, 35, 2, 40, torch.float16, device)
+    check(arguments, *upstream(arguments[0]), weights=drawn_weights(arguments, batched, dtype))
+
+
+@pytest.mark.parametrize("strides", ["one number", "one row", "transposed", "every second"])
+def test_strides_of_the_weights(strides, device):
+    arguments = drawn(2, 20, 35, 2, 24, torch.float32, device)
+    weights = {
+        "one number": torch.rand((), device=device).expand(35),
+        "one row": torch.rand(1, 35, device=device).expand(2, 35),
+        "transposed": torch.rand(35, 2, device=device).mT,
+        "every second": torch.rand(4, 70, device=device)[::2, 1::2],
+    }[strides]
+    check(arguments, *upstream(arguments[0]), weights=weights)
+
+
+def test_weights_of_images_do_not_mix(device, assert_close):
+    arguments = drawn(3, 20, 77, 2, 40, torch.float32, device)
+    weights, (dout, dloss) = drawn_weights(arguments, batched=True), upstream(arguments[0])
+    together = results(with_triton, arguments, dout, dloss, weights=weights)
+    for i in range(3):
+        one = [x[i : i + 1] for x in arguments]
+        alone = results(with_triton, one, dout[i : i + 1], dloss[i : i + 1], weights=weights[i])
+        for single, all_three in zip(alone, together, strict=True):
+            assert_close(all_three[i : i + 1], single, 1e-6)
+
+
+def test_weights_of_one_are_no_weights(device, assert_close):
+    arguments = drawn(2, 20, 77, 2, 40, torch.float32, device)
+    dout, dloss = upstream(arguments[0])
+    plain = results(with_triton, arguments, dout, dloss)
+    ones = results(with_triton, arguments, dout, dloss, weights=torch.ones(77, device=device))
+    for one, expected in zip(ones, plain, strict=True):
+        assert_close(one, expected, 1e-6)
+
+
+def test_weights_of_zero_leave_the_output_alone(device):
+    arguments = drawn(2, 20, 77, 2, 40, torch.float16, device)
+    zeros = torch.zeros(2, 77, device=device)
+    out, loss, dq = results(with_triton, arguments, None, torch.ones(2, device=device), weights=zeros)
+    assert torch.equal(out, with_triton(*arguments)[0]) and not loss.any() and not dq.any()
+
+
+def test_equal_runs_with_weights_give_equal_bits(device):
+    arguments = drawn(2, 40, 77, 1, 40, torch.float16, device)
+    weights, (dout, dloss) = drawn_weights(arguments, batched=True), upstream(arguments[0])
+    first, second = (results(with_triton, arguments, dout, dloss, weights=weights) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_weighted_reference_by_hand(batched):
+    q, k, _, q_reference, k_reference = arguments = drawn(2, 3, 4, 2, 5, torch.float64, "cpu")
+    weights = drawn_weights(arguments, batched, torch.float64)
+    out, loss = guided_attention(*arguments, weights=weights, backend="torch")
+    for b in range(2):
+        total = 0.0
+        for h in range(2):
+            for n in range(3):
+                own, reference = (
+                    (x[b, :, h] @ y[b, n, h] / 5**0.5).softmax(0) for x, y in ((k, q), (k_reference, q_reference))
+                )
+                for m in range(4):
+                    total += float(weights[b, m] if batched else weights[m]) * float(own[m] - reference[m]) ** 2 / 2
+        assert loss[b].item() == pytest.approx(total, rel=1e-12)
+    torch.testing.assert_close(out, guided_attention_reference(*arguments)[0])
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_weighted_reference_by_finite_differences(batched):
+    q, *constants = arguments = drawn(2, 3, 4, 2, 4, torch.float64, "cpu")
+    weights = drawn_weights(arguments, batched, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda q: guided_attention_reference(q, *constants, weights=weights), q.requires_grad_()
+    )
+
+
 # The reference.
 
 
@@ -233,6 +344,14 @@ def test_library_ops(device):
         torch.library.opcheck(map_guidance.guided_attention_backward_op, (q, *constants, *gradients))
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_library_ops_with_weights(batched, device):
+    q, *constants = arguments = drawn(2, 20, 33, 2, 24, torch.float32, device)
+    weights, (dout, dloss) = drawn_weights(arguments, batched), upstream(q)
+    torch.library.opcheck(map_guidance.guided_attention_op, (q.detach().requires_grad_(), *constants, weights))
+    torch.library.opcheck(map_guidance.guided_attention_backward_op, (q, *constants, dout, dloss, weights))
+
+
 def compiled(backend):
     return torch.compile(with_triton, backend=backend, fullgraph=True)
 
@@ -243,6 +362,25 @@ def test_compiled_without_breaks(device, assert_close):
     expected = results(with_triton, arguments, dout, dloss)
     for actual, wanted in zip(results(compiled("aot_eager"), arguments, dout, dloss), expected, strict=True):
         assert_close(actual, wanted, 1e-6)
+
+
+def test_compiled_with_weights(device, assert_close):
+    arguments = drawn(2, 20, 77, 2, 40, torch.float32, device)
+    weights, (dout, dloss) = drawn_weights(arguments, batched=True), upstream(arguments[0])
+    expected = results(with_triton, arguments, dout, dloss, weights=weights)
+    actual = results(compiled("aot_eager"), arguments, dout, dloss, weights=weights)
+    for one, wanted in zip(actual, expected, strict=True):
+        assert_close(one, wanted, 1e-6)
+
+
+@needs_gpu
+def test_compiled_by_inductor_with_weights(device, assert_close):
+    arguments = drawn(2, 256, 77, 8, 40, torch.float16, device)
+    weights, (dout, dloss) = drawn_weights(arguments), upstream(arguments[0])
+    expected = results(with_triton, arguments, dout, dloss, weights=weights)
+    actual = results(compiled("inductor"), arguments, dout, dloss, weights=weights)
+    for one, wanted in zip(actual, expected, strict=True):
+        assert_close(one, wanted, 1e-3)
 
 
 @needs_gpu
@@ -274,6 +412,31 @@ def test_cuda_graph(device):
         torch.cuda.set_sync_debug_mode("default")
     for actual, wanted in zip(captured, expected, strict=True):
         assert torch.equal(actual, wanted)
+
+
+@needs_gpu
+def test_cuda_graph_with_weights(device):
+    """Captured, and replayed with other weights."""
+    arguments = drawn(2, 256, 77, 8, 40, torch.float16, device)
+    weights, gradients = drawn_weights(arguments, batched=True), upstream(arguments[0])
+    results(with_triton, arguments, *gradients, weights=weights)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = results(with_triton, arguments, *gradients, weights=weights)
+    weights.copy_(torch.rand(2, 77))
+    graph.replay()
+    for actual, wanted in zip(captured, results(with_triton, arguments, *gradients, weights=weights), strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@needs_gpu
+@all_dtypes
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_weights_at_shapes_of_stable_diffusion(shape, dtype, device):
+    batch, positions, heads, width = shape
+    arguments = drawn(batch, positions, 77, heads, width, dtype, device)
+    check(arguments, *upstream(arguments[0]), weights=drawn_weights(arguments, batched=True))
 
 
 @needs_gpu
@@ -332,6 +495,38 @@ def test_wrong_arguments(index, wrong, message):
     arguments[index] = wrong
     with pytest.raises(ValueError, match=message):
         guided_attention(*arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.zeros(6), r"weights must be \[5\] or \[3, 5\], not \[6\]"),
+        (torch.zeros(1, 5), r"not \[1, 5\]"),
+        (torch.zeros(3, 5, 1), "weights must be"),
+        (torch.zeros(()), "weights must be"),
+        (torch.ones(5, dtype=torch.int64), "weights must be a float tensor"),
+        (torch.ones(5, dtype=torch.bool), "weights must be a float tensor"),
+        (torch.zeros(5, device="meta"), "weights must be a float tensor on"),
+        (torch.zeros(3, 5, requires_grad=True), "weights requires a gradient.*detach"),
+    ],
+)
+def test_wrong_weights(weights, message, backend, device):
+    if weights.device.type == "cpu":
+        weights = weights.to(device).detach().requires_grad_(weights.requires_grad)
+    arguments = drawn(3, 4, 5, 1, 16, torch.float32, device)
+    with pytest.raises(ValueError, match=message):
+        guided_attention(*arguments, weights=weights, backend=backend)
+
+
+def test_weights_beyond_the_kernel(device):
+    arguments = drawn(1, 4, 257, 1, 16, torch.float32, device)
+    weights = drawn_weights(arguments)
+    with pytest.raises(ValueError, match="257 keys"):
+        with_triton(*arguments, weights=weights)
+    expected = guided_attention_reference(*arguments, weights)
+    for actual, wanted in zip(guided_attention(*arguments, weights=weights), expected, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 @pytest.mark.parametrize(("keys", "width", "message"), [(257, 16, "257 keys"), (5, 512, "head size 512")])
