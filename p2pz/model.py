@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,22 @@ from p2pz.attention import Attend, attend
 from p2pz.engine import Graphs, explain_out_of_memory
 from p2pz.unet import Conditioning, UNet, UNetConfig
 from p2pz.vae import VAE, VAEConfig
-from p2pz.weights import MINI_FOLDER, CheckpointError, find_tensors, load_tensors, mini_world, read_json
-from p2pz.weights.folder import VAE_RENAMES
+from p2pz.weights import (
+    MINI_FOLDER,
+    CheckpointError,
+    Component,
+    fill,
+    find_tokenizer,
+    mini_world,
+    open_checkpoint,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 GIB = 2**30
+PREDICTION_TYPES = "epsilon", "v_prediction"
 
 
 @dataclass(frozen=True)
@@ -193,47 +203,57 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     max_memory: float | None = None,
+    prediction_type: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Model:
-    """Load a checkpoint.
+    """Load a checkpoint of Stable Diffusion 1.x or 2.x from safetensors.
 
     Args:
-        source: a folder in the diffusers layout (`unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, weights
-            as safetensors) of Stable Diffusion 1.x or 2.x. None: the folder that the environment variable P2PZ_MODEL
-            names, or else the bundled mini model.
+        source: a folder in the diffusers layout (`unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`); a
+            single file in the original layout, whose averaged (EMA) copies are left aside; or the name of a folder on
+            the Hugging Face hub (`owner/name`), of which only what the local cache lacks is downloaded. None: what the
+            environment variable P2PZ_MODEL names, or else the bundled mini model.
         device: None takes the GPU if there is one.
         dtype: None takes float16 on a GPU and float32 on the CPU.
         max_memory: GiB of GPU memory that p2pz may take for weights, activations and recorded work; CUDA itself takes
             about 0.5 GiB more. Work that would take more is done more slowly: on fewer images at once, with the text
             encoder and the VAE in host memory in between, and computing activations twice. None: no limit.
+        prediction_type: what the UNet predicts, `"epsilon"` or `"v_prediction"`. None takes what the folder or the
+            file's metadata says. Single files of Stable Diffusion 1.x that say nothing predict epsilon; those of 2.x
+            are probed with noise, and a warning tells the result.
+        tokenizer: a folder with `vocab.json` and `merges.txt`. None takes the checkpoint's own; a single file has
+            none, so for it CLIP's from the hub's local cache, or else from the hub.
 
     Returns:
         The frozen model.
 
     Raises:
-        ValueError: no such device, or a budget that is too small or for the CPU.
-        CheckpointError: the source is missing, of another family, or its tensors do not fit; the message names what.
+        ValueError: no such device or prediction type, or a budget that is too small or for the CPU.
+        CheckpointError: the source is missing, of another family, or its tensors do not fit; the message names the
+            file and what is wrong with it.
     """
-    folder = Path(source or os.environ.get("P2PZ_MODEL") or MINI_FOLDER).expanduser()
-    if not folder.is_dir():
-        kind = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(
-            f"model {folder} {kind}: give a Stable Diffusion folder in the diffusers layout, "
-            "or none for the bundled model"
-        )
-    folder = folder.resolve()
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type!r}")
     device = find_device(device)
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     budget = None if max_memory is None else _budget(max_memory, device)
-    prediction_type = _read_prediction_type(folder)
+    checkpoint = open_checkpoint(source or os.environ.get("P2PZ_MODEL") or MINI_FOLDER)
+    told = checkpoint.prediction_type
+    if checkpoint.scheduler is not None:
+        told = _read_prediction_type(checkpoint.scheduler)
+    prediction_type = prediction_type or told
 
-    unet = _load_module(UNet, UNetConfig, folder / "unet", ())
-    vae = _load_module(VAE, VAEConfig, folder / "vae", VAE_RENAMES)
-    tokenizer, text_encoder = text.load_text_encoder(folder)
+    unet = _load_module(UNet, UNetConfig, checkpoint.unet)
+    vae = _load_module(VAE, VAEConfig, checkpoint.vae)
+    text_encoder = text.load_text_encoder(checkpoint.text_encoder)
     text_fingerprint = text.fingerprint(text_encoder)
+    if tokenizer is None:
+        tokenizer = checkpoint.tokenizer or find_tokenizer()
+    tokenizer = text.load_tokenizer(Path(tokenizer).expanduser(), text_encoder, checkpoint.pad_token)
     width = text_encoder.config.hidden_size
     if width != unet.config.context_channels:
         raise CheckpointError(
-            f"the text encoder in {folder} gives states of width {width}, "
+            f"the text encoder in {checkpoint.path} gives states of width {width}, "
             f"but its UNet reads {unet.config.context_channels}"
         )
     weights = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
@@ -244,16 +264,21 @@ def load(
     unet = _place(unet, device, dtype)
     unet.fuse()
     home = device if budget is None else torch.device("cpu")  # until a plan calls them to the GPU
-    return Model(
-        folder=folder,
+    model = Model(
+        folder=checkpoint.path,
         unet=unet,
         vae=_place(vae, home, dtype),
         text_encoder=_place(text_encoder, home, dtype),
         tokenizer=tokenizer,
-        prediction_type=prediction_type,
+        prediction_type=prediction_type or "epsilon",
         text_fingerprint=text_fingerprint,
         max_memory=budget,
     )
+    if prediction_type is None:
+        model = replace(model, prediction_type=_probe_prediction_type(model))
+    if checkpoint.scheduler is None and unet.config.linear_projection and model.prediction_type == "v_prediction":
+        unet.config = replace(unet.config, sample_size=96)  # which no tensor tells of Stable Diffusion 2's 768 x 768
+    return model
 
 
 def _budget(max_memory: float, device: torch.device) -> int:
@@ -265,18 +290,17 @@ def _budget(max_memory: float, device: torch.device) -> int:
     return int(max_memory * GIB)
 
 
-def _load_module(module_type: type, config_type: type, folder: Path, renames: tuple) -> nn.Module:
+def _load_module(module_type: type, config_type: type, component: Component) -> nn.Module:
     try:
-        config = config_type.from_json(read_json(folder / "config.json"))
+        config = config_type.from_json(component.config)
         with torch.device("meta"):
             module = module_type(config)
     except KeyError as error:
-        raise CheckpointError(f"{folder / 'config.json'} lacks {error}") from None
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} describes no Stable Diffusion: {error}") from None
-    load_tensors(module, find_tensors(folder), renames)
+        raise CheckpointError(f"{component.config_path} lacks {error}") from None
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{component.config_path} describes no Stable Diffusion: {reason}") from None
+    fill(module, component.tensors, component.path, component.layout)
     return module.eval().requires_grad_(False)
 
 
@@ -296,9 +320,8 @@ def _place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     return module._apply(convert)
 
 
-def _read_prediction_type(folder: Path) -> str:
-    """Check that the checkpoint was trained with Stable Diffusion's noise schedule, and return what it predicts."""
-    path = folder / "scheduler" / "scheduler_config.json"
+def _read_prediction_type(path: Path) -> str:
+    """Check that a scheduler's file describes Stable Diffusion's noise schedule, and return what the UNet predicts."""
     config = read_json(path)
     expected = {
         "beta_schedule": "scaled_linear",
@@ -312,8 +335,33 @@ def _read_prediction_type(folder: Path) -> str:
         if config.get(key, value) != value:
             raise CheckpointError(f"{path}: {key} is {config[key]}, but Stable Diffusion's is {value}")
     prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
+    if prediction_type not in PREDICTION_TYPES:
         raise CheckpointError(
             f"{path}: prediction_type {prediction_type} is not supported (epsilon and v_prediction are)"
         )
     return prediction_type
+
+
+@torch.no_grad()
+def _probe_prediction_type(model: Model) -> str:
+    """Find out from its answer to noise what a UNet predicts, and warn that nothing else tells.
+
+    At the last training step latents are nearly all noise. A UNet that predicts epsilon gives them back; one that
+    predicts v = sqrt(a) * epsilon - sqrt(1 - a) * image, with alpha-bar a = 0.005, gives an image it makes up, negated.
+    So the noise's share in the answer is near 1 or near 0.
+
+    Source: Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models" (2022), section 4, for v.
+    """
+    noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(model.device)
+    timestep = torch.tensor([schedule.TRAINING_STEPS - 1])
+    answer = model.predict(noise, model.condition(timestep, model.encode_text([""])))
+    share = ((answer * noise).sum() / noise.square().sum()).item()
+    if not math.isfinite(share):
+        raise CheckpointError(f"{model.folder}: its UNet answers with {share}, so the file is damaged")
+    found = "epsilon" if share > 0.5 else "v_prediction"
+    warnings.warn(
+        f"{model.folder} does not say what its UNet predicts; a probe with noise finds {found}. "
+        f'Tell it with prediction_type="{found}", or the other if images come out wrong',
+        stacklevel=4,
+    )
+    return found

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from p2pz.weights import CheckpointError, find_tensors
+from p2pz.weights import CheckpointError, Component, fill
 
 if TYPE_CHECKING:  # importing transformers takes seconds: only when a model is loaded
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -35,56 +34,64 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_text_encoder(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """Load `tokenizer/` and `text_encoder/` of a checkpoint folder through transformers.
+def load_text_encoder(component: Component) -> CLIPTextModel:
+    """Build transformers' text encoder on a checkpoint's tensors.
 
     Args:
-        folder: a folder in the diffusers layout.
+        component: the text encoder of a checkpoint.
 
     Returns:
-        The tokenizer, and the frozen encoder on the CPU in the file's dtype: its tensors are the memory-mapped file's.
+        The frozen encoder on the CPU in the file's dtype: its tensors are the memory-mapped file's.
 
     Raises:
-        CheckpointError: a part is missing or does not fit; names it.
+        CheckpointError: it is of another kind, or its tensors do not fit; names the file and the tensors.
     """
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    if not any((folder / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise CheckpointError(
-            f"{folder / 'tokenizer'} is missing or lacks vocab.json: a folder in the diffusers layout has it"
-        )
-    weights = find_tensors(folder / "text_encoder")
+    kind = component.config.get("model_type", "clip_text_model")
+    if kind != "clip_text_model":
+        raise CheckpointError(f"{component.config_path} describes no CLIP text encoder, but one of type {kind}")
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            encoder = CLIPTextModel(CLIPTextConfig.from_dict(component.config))
+    except Exception as error:  # transformers raises a dozen kinds for settings that are not what they should be
+        raise CheckpointError(f"{component.config_path} describes no text encoder: {_reason(error)}") from None
+    body = getattr(encoder, "text_model", encoder)  # before transformers 5.6 the model had one inside
+    fill(body, component.tensors, component.path, component.layout)
+    body.embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings)[None]  # in no file
+    return encoder.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path, encoder: CLIPTextModel, pad_token: str | None = None) -> CLIPTokenizer:
+    """Load a tokenizer through transformers.
+
+    Args:
+        folder: with `vocab.json` and `merges.txt`, or `tokenizer.json`.
+        encoder: what it is for.
+        pad_token: what sentences are padded with; None: what the folder says.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, or the tokenizer is not the encoder's.
+    """
+    from transformers import CLIPTokenizer
+
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise CheckpointError(f"{folder} is missing or lacks vocab.json: the folder of CLIP's tokenizer has it")
+    settings = {} if pad_token is None else {"pad_token": pad_token}
     try:
         with quiet_transformers():
-            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            dtypes = (tensor.dtype for tensor in load_file(weights).values() if tensor.is_floating_point())
-            encoder, info = CLIPTextModel.from_pretrained(
-                weights.parent,
-                dtype=next(dtypes, None),  # the file's, so that its tensors stay mapped; config.json may name another
-                variant="fp16" if weights.name.endswith(".fp16.safetensors") else None,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                output_loading_info=True,
-                local_files_only=True,
-            )
-    except Exception as error:  # transformers raises a dozen kinds for files that are not what they should be
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"the text encoder in {folder} cannot be loaded: {reason}") from None
-    harmless = ("position_ids", "text_projection.weight")  # a buffer of old files; the head of another model class
-    wrong = {
-        "lacks": sorted(info["missing_keys"]),
-        "has left over": sorted(key for key in info["unexpected_keys"] if not key.endswith(harmless)),
-        "has in another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
-    }
-    found = [f"{what} {', '.join(names[:5])}" for what, names in wrong.items() if names]
-    if found:
-        raise CheckpointError(f"the text encoder in {folder} does not fit its config.json: it {'; it '.join(found)}")
-    if len(tokenizer) > encoder.config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has {len(tokenizer)} words, but its text encoder {encoder.config.vocab_size}"
-        )
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **settings)
+    except Exception as error:  # as above
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_reason(error)}") from None
+    words, known = len(tokenizer), encoder.config.vocab_size
+    if words > known or (pad_token is not None and words != known):
+        raise CheckpointError(f"the tokenizer in {folder} has {words} words, but the text encoder {known}")
     tokenizer.model_max_length = encoder.config.max_position_embeddings
-    return tokenizer, encoder.eval().requires_grad_(False)
+    return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def fingerprint(encoder: CLIPTextModel) -> str:

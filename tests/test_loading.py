@@ -293,6 +293,48 @@ def test_float16_files(variant, folder, assert_close):
     assert_close(half.unet.conv_in.weight, full.unet.conv_in.weight, 1e-3)
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_sharded_files(variant, saved, folder):
+    """As diffusers and transformers write large models: an index and files of a part of the tensors each."""
+    pipe, expected = saved("sd1")[0], p2pz.load(folder)
+    for part, size in (("unet", "100KB"), ("vae", "50KB"), ("text_encoder", "20KB")):
+        for path in (folder / part).glob("*.safetensors"):
+            path.unlink()
+        getattr(pipe, part).save_pretrained(folder / part, max_shard_size=size, variant=variant)
+        assert len(list((folder / part).glob("*-of-*.safetensors"))) > 1
+        assert find_tensors(folder / part).name.endswith(f".safetensors.index.{'fp16.' if variant else ''}json")
+    model = p2pz.load(folder)
+    assert model.text_fingerprint == expected.text_fingerprint
+    for part in ("unet", "vae", "text_encoder"):
+        wanted = getattr(expected, part).state_dict()
+        assert all(torch.equal(x, wanted[name]) for name, x in getattr(model, part).state_dict().items())
+
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+WRONG_INDICES = {
+    "no map": ({}, "has no weight_map"),
+    "a list": ({"weight_map": ["a.safetensors"]}, "has no weight_map"),
+    "a number": ({"weight_map": {"conv_in.bias": 3}}, "has no weight_map"),
+    "outside": ({"weight_map": {"conv_in.bias": "../vae/diffusion_pytorch_model.safetensors"}}, "outside its folder"),
+    "missing": ({"weight_map": {"conv_in.bias": "b.safetensors"}}, "unet/b.safetensors cannot be read"),
+    "twice": ({"weight_map": {"a": "a.safetensors", "b": "copy.safetensors"}}, "copy.safetensors holds conv_in.bias, "),
+    "incomplete": ({"weight_map": {"a": "half.safetensors"}}, "index.json does not fit .*config.json: .* missing"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INDICES)
+def test_wrong_indices_are_refused_by_name(name, folder):
+    content, message = WRONG_INDICES[name]
+    (folder / UNET_FILE).rename(folder / "unet/a.safetensors")
+    shutil.copy(folder / "unet/a.safetensors", folder / "unet/copy.safetensors")
+    tensors = load_file(folder / "unet/a.safetensors")
+    save_file(dict(list(tensors.items())[:9]), folder / "unet/half.safetensors")
+    (folder / "unet" / INDEX).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=message) as error:
+        p2pz.load(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
 def test_text_encoder_is_read_in_the_dtype_of_its_file(folder):
     """Whatever its config.json says; float16 there must not cost a float32 file its precision."""
     expected = p2pz.load(folder)
@@ -347,12 +389,13 @@ def watch(done, samples):
         samples.append(anonymous())
 
 
+tokenizer = sys.argv[2] if len(sys.argv) > 2 else None
 models, grown = [p2pz.load()], {}  # what imports and first calls allocate is not counted
 for dtype in ("float16", "float32"):
     done, samples, before = threading.Event(), [], anonymous()
     watcher = threading.Thread(target=watch, args=(done, samples))
     watcher.start()
-    models.append(p2pz.load(sys.argv[1], device="cpu", dtype=getattr(torch, dtype)))
+    models.append(p2pz.load(sys.argv[1], device="cpu", dtype=getattr(torch, dtype), tokenizer=tokenizer))
     done.set()
     watcher.join()
     grown[dtype] = max(*samples, anonymous()) - before
@@ -435,17 +478,24 @@ WRONG = {
     "no tokenizer": (remove("tokenizer"), "tokenizer is missing"),
     "empty tokenizer": (lambda f: [path.unlink() for path in (f / "tokenizer").glob("[!c]*[!g].json")], "tokenizer"),
     "garbage tokenizer": (set_bytes("tokenizer/tokenizer.json", b"{"), "tokenizer|text encoder"),
-    "no text encoder": (remove("text_encoder"), "text_encoder has no"),
-    "unet pickle": (to_pickle(UNET_FILE), "only diffusion_pytorch_model.bin, a pickle"),
+    "no text encoder": (remove("text_encoder"), "text_encoder/config.json is missing"),
+    "two text encoders": (lambda f: (f / "text_encoder_2").mkdir(), "looks like Stable Diffusion XL: p2pz works with"),
+    "transformer": (lambda f: (f / "unet").rename(f / "transformer"), "looks like Stable Diffusion 3, Flux or another"),
+    "inpainting": (set_json("unet/config.json", in_channels=9), "looks like an inpainting model, .* reads 9 channels"),
+    "other text encoder": (set_json("text_encoder/config.json", model_type="bert"), "no CLIP text .* of type bert"),
+    "text heads": (set_json("text_encoder/config.json", num_attention_heads=5), "describes no text encoder"),
+    "integers": (lambda f: change_tensors(f / VAE_FILE, lambda t: t.update({"quant_conv.bias": torch.zeros(8).int()})),
+                 r"not of floating point \(quant_conv.bias int32\)"),
+    "unet pickle": (to_pickle(UNET_FILE), "only diffusion_pytorch_model.bin, a pickle.*: python -c"),
     "text pickle": (to_pickle(TEXT), "only model.bin, a pickle"),
     "garbage unet config": (set_bytes("unet/config.json", b"{"), "unet/config.json cannot be read as JSON"),
-    "garbage text config": (set_bytes("text_encoder/config.json", b"{"), "text encoder in .* cannot be loaded"),
-    "text config list": (set_bytes("text_encoder/config.json", b"[]"), "text encoder in .* cannot be loaded"),
-    "truncated text": (set_bytes(TEXT, b"abc"), "text encoder in .* cannot be loaded"),
+    "garbage text config": (set_bytes("text_encoder/config.json", b"{"), "text_encoder/config.json cannot be read"),
+    "text config list": (set_bytes("text_encoder/config.json", b"[]"), "text_encoder/config.json cannot be read"),
+    "truncated text": (set_bytes(TEXT, b"abc"), "text_encoder/model.safetensors cannot be read"),
     "truncated unet": (set_bytes(UNET_FILE, b"abc"), "cannot be read as safetensors"),
     "unet tensor missing": (drop_tensor(UNET_FILE, "conv_in.bias"), r"1 tensors missing \(conv_in.bias\)"),
     "vae tensor missing": (drop_tensor(VAE_FILE, "quant_conv.bias"), r"1 tensors missing \(quant_conv.bias\)"),
-    "text tensor missing": (drop_tensor(TEXT, "final_layer_norm.bias"), r"lacks .*final_layer_norm.bias"),
+    "text tensor missing": (drop_tensor(TEXT, "final_layer_norm.bias"), r"1 tensors missing \(final_layer_norm.bias\)"),
     "text too narrow": (set_json("text_encoder/config.json", intermediate_size=40), r"mlp.fc1.weight"),
     "text layers left over": (set_json("text_encoder/config.json", num_hidden_layers=1), r"layers.1.layer_norm1.bias"),
     "unet shape": (set_json("unet/config.json", cross_attention_dim=32), r"attn2.to_k.weight \(16, 24\) instead of"),
@@ -493,6 +543,12 @@ def test_context_length_is_the_encoders(folder):
 def test_a_file_is_no_model(folder):
     with pytest.raises(CheckpointError, match="is a file"):
         p2pz.load(folder / "model_index.json")
+
+
+def test_the_folder_of_a_single_file_is_no_model(tmp_path):
+    (tmp_path / "v1-5.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"has no unet folder; to load a single file, give .*/v1-5.safetensors"):
+        p2pz.load(tmp_path)
 
 
 def test_loading_prints_nothing(folder, capfd, caplog):

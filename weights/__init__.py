@@ -2,9 +2,23 @@
 
 from pathlib import Path
 
-from p2pz.weights.folder import CheckpointError, find_tensors, load_tensors, read_json
+from p2pz.weights.folder import find_tensors
+from p2pz.weights.hub import find_tokenizer
+from p2pz.weights.reading import Checkpoint, CheckpointError, Component, fill, load_tensors, read_json
+from p2pz.weights.source import open_checkpoint
 
 MINI_FOLDER = Path(__file__).resolve().parent / "mini"
 """The bundled checkpoint, in the diffusers folder layout."""
 
-__all__ = ["MINI_FOLDER", "CheckpointError", "find_tensors", "load_tensors", "read_json"]
+__all__ = [
+    "MINI_FOLDER",
+    "Checkpoint",
+    "CheckpointError",
+    "Component",
+    "fill",
+    "find_tensors",
+    "find_tokenizer",
+    "load_tensors",
+    "open_checkpoint",
+    "read_json",
+]

@@ -1,16 +1,19 @@
-"""Reading a diffusers-style checkpoint folder: JSON configurations and safetensors files, strictly."""
+"""Checkpoint folders in the diffusers layout."""
 
-import json
-import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
-
-Renames = tuple[tuple[str, str | None], ...]
-"""Rows of (pattern of a name in the file, name in the module or None to drop it); the first match counts."""
+from p2pz.weights.reading import (
+    Checkpoint,
+    CheckpointError,
+    Component,
+    Renames,
+    conversion,
+    read_json,
+    read_tensors,
+    rename,
+)
 
 VAE_RENAMES: Renames = (  # how Stable Diffusion 1.x folders, written before 2023, call the VAE's attention layers
     (r"(.*\.attentions\.0)\.query\.(.*)", r"\1.to_q.\2"),
@@ -18,34 +21,87 @@ VAE_RENAMES: Renames = (  # how Stable Diffusion 1.x folders, written before 202
     (r"(.*\.attentions\.0)\.value\.(.*)", r"\1.to_v.\2"),
     (r"(.*\.attentions\.0)\.proj_attn\.(.*)", r"\1.to_out.0.\2"),
 )
+TEXT_RENAMES: Renames = (
+    (r"(?:.*\.)?position_ids", None),  # a buffer of old files
+    (r"(?:.*\.)?text_projection\.weight", None),  # the head of another model class
+    (r"text_model\.(.*)", r"\1"),
+)
+COMPONENTS = {"unet": (), "vae": VAE_RENAMES, "text_encoder": TEXT_RENAMES}
+
+INPUTS = {  # channels that a UNet reads besides 4 of the latents
+    5: "a depth-to-image model",
+    7: "an upscaler",
+    8: "an InstructPix2Pix model",
+    9: "an inpainting model",
+}
+SUPPORTED = "p2pz works with plain Stable Diffusion 1.x and 2.x checkpoints, so give one of those"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, unreadable or not what it should be; the message is one line for the user."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON file of a checkpoint.
+def open_folder(folder: Path) -> Checkpoint:
+    """Read a folder in the diffusers layout: `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`.
 
     Args:
-        path: the file.
+        folder: the folder.
 
     Raises:
-        CheckpointError: the file is missing or is not a JSON object.
+        CheckpointError: a part is missing or unreadable, or the model is of another family; names it.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: a checkpoint folder in the diffusers layout has it") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} cannot be read as JSON: it holds no object")
-    return content
+    names = {path.name for path in folder.iterdir()}
+    check_parts(names, folder)
+    single = sorted(name for name in names if name.endswith(".safetensors"))
+    if single and "unet" not in names:
+        raise CheckpointError(f"{folder} has no unet folder; to load a single file, give {folder / single[0]}")
+    components = {}
+    for part, renames in COMPONENTS.items():
+        config_path = folder / part / "config.json"
+        config = read_json(config_path)
+        if part == "unet":
+            check_inputs(config.get("in_channels"), folder)
+        path = find_tensors(folder / part)
+        tensors = rename(read_tensors(path), renames, path)
+        components[part] = Component(path, config_path, str(config_path), config, tensors)
+    return Checkpoint(
+        path=folder,
+        tokenizer=folder / "tokenizer",
+        scheduler=folder / "scheduler" / "scheduler_config.json",
+        **components,
+    )
+
+
+def check_parts(names: Collection[str], place: Path | str) -> None:
+    """Refuse a folder of another family by the names of what is in it. Raises CheckpointError."""
+    if "text_encoder_2" in names and "unet" in names:
+        raise CheckpointError(f"{place} looks like Stable Diffusion XL: {SUPPORTED}")
+    if "transformer" in names and "unet" not in names:
+        raise CheckpointError(f"{place} looks like Stable Diffusion 3, Flux or another transformer: {SUPPORTED}")
+
+
+def check_inputs(channels: Any, place: Path | str) -> None:
+    """Refuse a UNet that reads more than latents. Raises CheckpointError."""
+    if isinstance(channels, int) and channels != 4:
+        kind = INPUTS.get(channels, "another kind of model")
+        raise CheckpointError(f"{place} looks like {kind}, since its UNet reads {channels} channels: {SUPPORTED}")
+
+
+def choose_tensors(names: Collection[str]) -> str | None:
+    """Which of a component's files holds its tensors: in full precision if there is a choice.
+
+    Args:
+        names: of all its files.
+
+    Returns:
+        A safetensors file or the index of several; None if there is neither.
+    """
+    for stem in ("diffusion_pytorch_model", "model"):
+        for variant in ("", ".fp16"):
+            for name in (f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"):
+                if name in names:
+                    return name
+    return None
 
 
 def find_tensors(folder: Path) -> Path:
-    """The safetensors file of one component.
+    """The safetensors file of one component, or the index of several.
 
     Args:
         folder: the component's folder, such as `unet/`.
@@ -53,77 +109,14 @@ def find_tensors(folder: Path) -> Path:
     Raises:
         CheckpointError: there is none; says so if there are only pickled weights, which p2pz refuses to open.
     """
-    names = ("diffusion_pytorch_model", "model")
-    for name in (f"{stem}{variant}.safetensors" for stem in names for variant in ("", ".fp16")):
-        if (folder / name).is_file():
-            return folder / name
-    pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
+    names = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
+    chosen = choose_tensors(names)
+    if chosen:
+        return folder / chosen
+    pickles = sorted(name for name in names if name.endswith(".bin"))
     if pickles:
         raise CheckpointError(
             f"{folder} has only {pickles[0]}, a pickle file that could run code when opened; "
-            "convert it to safetensors first"
+            f"convert it to safetensors first: {conversion(folder / pickles[0])}"
         )
     raise CheckpointError(f"{folder} has no diffusion_pytorch_model.safetensors")
-
-
-def load_tensors(module: nn.Module, path: Path, renames: Renames = ()) -> None:
-    """Fill a module, usually built on the meta device, with the tensors of a safetensors file, strictly and uncopied.
-
-    Args:
-        module: takes over the file's tensors, in the file's dtype.
-        path: the safetensors file; it is memory-mapped.
-        renames: rows that turn the file's names into the module's.
-
-    Raises:
-        CheckpointError: the file cannot be read, or tensors are missing, left over or of another shape; names them.
-    """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
-    tensors = rename(tensors, renames, path)
-
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    problems = {
-        "missing": sorted(expected.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {tuple(tensors[name].shape)} instead of {shape}"
-            for name, shape in expected.items()
-            if name in tensors and tuple(tensors[name].shape) != shape
-        ],
-    }
-    found = [f"{len(names)} tensors {what} ({_shorten(names)})" for what, names in problems.items() if names]
-    if found:
-        raise CheckpointError(f"{path} does not fit the model its config.json describes: {'; '.join(found)}")
-    module.load_state_dict(tensors, strict=True, assign=True)
-
-
-def rename(tensors: dict[str, Any], renames: Renames, source: Path | str) -> dict[str, Any]:
-    """Apply a table of renames; names that no row matches stay.
-
-    Args:
-        tensors: by name.
-        renames: the table.
-        source: for the error message.
-
-    Raises:
-        CheckpointError: two names become one.
-    """
-    renamed: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        new: str | None = name
-        for pattern, template in renames:
-            match = re.fullmatch(pattern, name)
-            if match:
-                new = match.expand(template) if template is not None else None
-                break
-        if new in renamed:
-            raise CheckpointError(f"{source} holds {new} twice, once as {name}")
-        if new is not None:
-            renamed[new] = tensor
-    return renamed
-
-
-def _shorten(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

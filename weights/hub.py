@@ -1,0 +1,123 @@
+"""Checkpoints and CLIP's tokenizer from the Hugging Face hub: the local cache first, then the network."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from p2pz.weights.folder import COMPONENTS, check_inputs, check_parts, choose_tensors, open_folder
+from p2pz.weights.reading import PICKLES, Checkpoint, CheckpointError, printable, read_json
+
+TOKENIZER = "openai/clip-vit-large-patch14"
+"""Whose tokenizer Stable Diffusion 1.x uses; 2.x has the same words and pads with another."""
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source has the form of the hub's `owner/name`."""
+    name = r"[A-Za-z0-9][\w.-]*"
+    return bool(re.fullmatch(f"{name}/{name}", source)) and not source.endswith((".safetensors", *PICKLES))
+
+
+def open_from_hub(repository: str) -> Checkpoint:
+    """Read a folder in the diffusers layout from the hub's local cache; only what is not there is downloaded.
+
+    Args:
+        repository: its name, `owner/name`.
+
+    Raises:
+        CheckpointError: it is neither in the cache nor to be had, or it is of another family.
+    """
+    cached = _cached(repository, "unet/config.json")
+    if cached is None:
+        return open_folder(_download(repository, "it is not in the local cache"))
+    try:
+        return open_folder(cached.parent.parent)
+    except CheckpointError as error:
+        return open_folder(_download(repository, f"the local cache does not hold all of it ({error})"))
+
+
+def find_tokenizer() -> Path:
+    """Folder of CLIP's tokenizer, from the hub's local cache, or else downloaded.
+
+    Raises:
+        CheckpointError: it is neither in the cache nor to be had; says how to go on.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+
+    paths = [_cached(TOKENIZER, name) for name in TOKENIZER_FILES]
+    if paths[0] is not None and paths[1] is not None:
+        return paths[0].parent
+    try:
+        HfApi().model_info(TOKENIZER, timeout=10)  # without a network it fails at once, the download after 23 seconds
+        for name in TOKENIZER_FILES:
+            path = Path(hf_hub_download(TOKENIZER, name))
+        return path.parent
+    except Exception as error:  # the hub's client has a dozen kinds for a network that does not work
+        raise CheckpointError(
+            "a single file has no tokenizer: give a folder with vocab.json and merges.txt, for instance the tokenizer "
+            f"folder of any Stable Diffusion, as tokenizer=...; {TOKENIZER} is not in the local cache, and "
+            f"the hub cannot be reached ({_reason(error)})"
+        ) from None
+
+
+def needed_files(names: Collection[str], repository: str) -> list[str]:
+    """The files of a repository that a folder in the diffusers layout needs.
+
+    Args:
+        names: all its files.
+        repository: for the error message.
+
+    Raises:
+        CheckpointError: it is no such folder, of another family, or has its weights as pickles only.
+    """
+    check_parts({name.split("/")[0] for name in names}, repository)
+    files = [name for name in names if re.fullmatch(r"tokenizer/[\w.]+\.(json|txt)", name)]
+    files += ["scheduler/scheduler_config.json", *(f"{part}/config.json" for part in COMPONENTS)]
+    for part in COMPONENTS:
+        inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+        chosen = choose_tensors(inside)
+        if chosen is None:
+            single = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+            advice = f"; download one of {', '.join(single)} and give that file" if single else ""
+            raise CheckpointError(f"{repository} on the hub has no {part} as safetensors{advice}")
+        files.append(f"{part}/{chosen}")
+        if chosen.endswith(".json"):  # in shards, of one variant or another
+            variant = ".fp16" in chosen
+            files += [f"{part}/{name}" for name in inside if "-of-" in name and (".fp16" in name) == variant]
+    return files
+
+
+def _cached(repository: str, name: str) -> Path | None:
+    """Path of a file in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repository, name)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _download(repository: str, why: str) -> Path:
+    """Folder with all needed files of a repository."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        listing = HfApi().model_info(repository, timeout=10).siblings
+        files = needed_files([file.rfilename for file in listing], repository)
+        check_inputs(read_json(Path(hf_hub_download(repository, "unet/config.json"))).get("in_channels"), repository)
+        return Path(snapshot_download(repository, allow_patterns=files))
+    except CheckpointError:
+        raise
+    except RepositoryNotFoundError:  # gated ones too
+        raise CheckpointError(
+            f"model {repository} is no folder here, and the hub has no such model or does not let you read it: check "
+            "the name, and log in (hf auth login) if you have been granted access"
+        ) from None
+    except Exception as error:
+        raise CheckpointError(
+            f"model {repository} is no folder here; on the hub, {why}, and the hub cannot be reached "
+            f"({_reason(error)}): go online once, or give a folder or a file"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return printable(f"{type(error).__name__}: {error}", 160)

@@ -1,0 +1,318 @@
+"""Single-file checkpoints in the layout of the original latent-diffusion code, as people exchange them."""
+
+import re
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from p2pz.weights.folder import SUPPORTED, TEXT_RENAMES, check_inputs
+from p2pz.weights.reading import (
+    Checkpoint,
+    CheckpointError,
+    Component,
+    Renames,
+    printable,
+    read_tensors,
+    rename,
+)
+
+LEVELS, LAYERS = 4, 2  # of the UNet and of the VAE, in both families
+
+# --- what the tensors are called there, and here ---
+
+PARTS: Renames = (
+    (r"model\.diffusion_model\.(.*)", r"unet/\1"),
+    (r"first_stage_model\.(?:loss|model_ema)\..*", None),
+    (r"first_stage_model\.(.*)", r"vae/\1"),
+    (r"cond_stage_model\.(?:transformer|model)\.(.*)", r"text_encoder/\1"),
+    (r"cond_stage_model\.(?:logit_scale|text_projection.*)", None),
+    # Averages of the weights over the training: the weights themselves are taken, as other programs do.
+    (r"model_ema\..*", None),
+    # The noise schedule and how the training was doing.
+    (r"(?:sqrt_|log_)?(?:one_minus_|recip_|recipm1_)?alphas_cumprod(?:_prev)?", None),
+    (r"posterior_(?:variance|log_variance_clipped|mean_coef[12])", None),
+    (r"betas|lvlb_weights|logvar|scale_factor|global_step|v_pred", None),
+)
+
+
+def _unet_blocks(transformers: tuple[bool, ...]) -> Renames:
+    """The way down and the way up are flat lists of blocks there, and levels of layers here.
+
+    Args:
+        transformers: whether a level has them, from the finest to the coarsest.
+    """
+    rows = [
+        ("time_embed.0", "time_embedding.linear_1"),
+        ("time_embed.2", "time_embedding.linear_2"),
+        ("input_blocks.0.0", "conv_in"),
+        ("middle_block.0", "mid_block.resnets.0"),
+        ("middle_block.1", "mid_block.attentions.0"),
+        ("middle_block.2", "mid_block.resnets.1"),
+        ("out.0", "conv_norm_out"),
+        ("out.2", "conv_out"),
+    ]
+    levels, each = len(transformers), LAYERS + 1
+    for level, transformer in enumerate(transformers):
+        for i in range(LAYERS):
+            block = f"input_blocks.{level * each + 1 + i}"
+            rows.append((f"{block}.0", f"down_blocks.{level}.resnets.{i}"))
+            if transformer:
+                rows.append((f"{block}.1", f"down_blocks.{level}.attentions.{i}"))
+        if level < levels - 1:
+            rows.insert(0, (f"input_blocks.{(level + 1) * each}.0.op", f"down_blocks.{level}.downsamplers.0.conv"))
+    for level, transformer in enumerate(reversed(transformers)):
+        for i in range(each):
+            block = f"output_blocks.{level * each + i}"
+            rows.append((f"{block}.0", f"up_blocks.{level}.resnets.{i}"))
+            if transformer:
+                rows.append((f"{block}.1", f"up_blocks.{level}.attentions.{i}"))
+        if level < levels - 1:
+            rows.insert(0, (f"{block}.{2 if transformer else 1}.conv", f"up_blocks.{level}.upsamplers.0.conv"))
+    return tuple((rf"{re.escape(there)}\.(.*)", rf"{here}.\1") for there, here in rows)
+
+
+UNET_BLOCKS = _unet_blocks((True, True, True, False))
+UNET_LAYERS: Renames = (
+    (r"(.*\.resnets\.\d+)\.in_layers\.0\.(.*)", r"\1.norm1.\2"),
+    (r"(.*\.resnets\.\d+)\.in_layers\.2\.(.*)", r"\1.conv1.\2"),
+    (r"(.*\.resnets\.\d+)\.emb_layers\.1\.(.*)", r"\1.time_emb_proj.\2"),
+    (r"(.*\.resnets\.\d+)\.out_layers\.0\.(.*)", r"\1.norm2.\2"),
+    (r"(.*\.resnets\.\d+)\.out_layers\.3\.(.*)", r"\1.conv2.\2"),
+    (r"(.*\.resnets\.\d+)\.skip_connection\.(.*)", r"\1.conv_shortcut.\2"),
+)
+VAE_BLOCKS: Renames = (
+    (r"encoder\.down\.(\d+)\.block\.(\d+)\.(.*)", r"encoder.down_blocks.\1.resnets.\2.\3"),
+    (r"encoder\.down\.(\d+)\.downsample\.(.*)", r"encoder.down_blocks.\1.downsamplers.0.\2"),
+    *(  # counted from the finest level there, in the order of the decoder here
+        (rf"decoder\.up\.{LEVELS - 1 - level}\.{there}\.(.*)", rf"decoder.up_blocks.{level}.{here}.\1")
+        for level in range(LEVELS)
+        for there, here in (("block", "resnets"), ("upsample", "upsamplers.0"))
+        if here == "resnets" or level < LEVELS - 1
+    ),
+    (r"(encoder|decoder)\.mid\.block_1\.(.*)", r"\1.mid_block.resnets.0.\2"),
+    (r"(encoder|decoder)\.mid\.block_2\.(.*)", r"\1.mid_block.resnets.1.\2"),
+    (r"(encoder|decoder)\.mid\.attn_1\.norm\.(.*)", r"\1.mid_block.attentions.0.group_norm.\2"),
+    (r"(encoder|decoder)\.mid\.attn_1\.([qkv])\.(.*)", r"\1.mid_block.attentions.0.to_\2.\3"),
+    (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.(.*)", r"\1.mid_block.attentions.0.to_out.0.\2"),
+    (r"(encoder|decoder)\.norm_out\.(.*)", r"\1.conv_norm_out.\2"),
+)
+VAE_LAYERS: Renames = ((r"(.*\.resnets\.\d+)\.nin_shortcut\.(.*)", r"\1.conv_shortcut.\2"),)
+_BLOCK = r"transformer\.resblocks\.(\d+)"
+OPEN_CLIP: Renames = (
+    (r"transformer\.resblocks\.23\..*", None),  # Stable Diffusion 2 reads what goes into the last layer
+    (r"logit_scale|text_projection.*|attn_mask", None),
+    (r"positional_embedding", "embeddings.position_embedding.weight"),
+    (r"token_embedding\.weight", "embeddings.token_embedding.weight"),
+    (r"ln_final\.(.*)", r"final_layer_norm.\1"),
+    (rf"{_BLOCK}\.ln_([12])\.(.*)", r"encoder.layers.\1.layer_norm\2.\3"),
+    (rf"{_BLOCK}\.mlp\.c_fc\.(.*)", r"encoder.layers.\1.mlp.fc1.\2"),
+    (rf"{_BLOCK}\.mlp\.c_proj\.(.*)", r"encoder.layers.\1.mlp.fc2.\2"),
+    (rf"{_BLOCK}\.attn\.out_proj\.(.*)", r"encoder.layers.\1.self_attn.out_proj.\2"),
+    (rf"{_BLOCK}\.attn\.in_proj_(.*)", tuple(rf"encoder.layers.\1.self_attn.{x}_proj.\2" for x in "qkv")),
+)
+
+# --- what the tensors cannot tell ---
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the shapes of a family's tensors do not say.
+
+    Attributes:
+        name: for messages.
+        heads: attention heads in every level of the UNet; None: heads of 64 channels.
+        linear_projection: see `UNetConfig`.
+        text_names: how its text encoder's tensors are called.
+        text_layers: how many layers of its text encoder are used.
+        text_activation: between the two linear layers there.
+        pad_token: what sentences are padded with.
+        prediction_type: what its UNets predict; None: some this, some that.
+    """
+
+    name: str
+    heads: int | None
+    linear_projection: bool
+    text_names: Renames
+    text_layers: int
+    text_activation: str
+    pad_token: str
+    prediction_type: str | None
+
+
+SD1 = Family("Stable Diffusion 1.x", 8, False, TEXT_RENAMES, 12, "quick_gelu", "<|endoftext|>", "epsilon")
+SD2 = Family("Stable Diffusion 2.x", None, True, OPEN_CLIP, 23, "gelu", "!", None)
+
+TEXT_HEAD = 64  # channels of an attention head of the text encoder
+PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+
+# --- what else people have ---
+
+CHECKPOINT = "give the whole checkpoint (UNet, VAE and text encoder), or the folder that holds them"
+MERGE = "merge it into a checkpoint with the program that it was made for, and give that"
+FOREIGN: tuple[tuple[str, str, str], ...] = (  # pattern of a name that only it has, what it looks like, what to do
+    (r"(?:.*[._])?(?:lora|hada|lokr|oft)_.*|.*\.lora\..*", "a LoRA", MERGE),
+    (r"control_model\..*|controlnet_.*|(?:.*\.)?input_hint_block\..*", "a ControlNet", SUPPORTED),
+    (r"(?:image_proj|ip_adapter)\..*", "an IP-Adapter", SUPPORTED),
+    (r".*motion_modules\..*", "a motion module (AnimateDiff)", SUPPORTED),
+    (r"emb_params|string_to_(?:token|param).*|clip_[lg]|<.*>", "a textual inversion", SUPPORTED),
+    (r"(?:model\.diffusion_model\.)?joint_blocks\..*", "Stable Diffusion 3", SUPPORTED),
+    (r"(?:model\.diffusion_model\.)?double_blocks\..*", "Flux", SUPPORTED),
+    (r"conditioner\.embedders\.0\.model\..*", "the refiner of Stable Diffusion XL", SUPPORTED),
+    (r"conditioner\.embedders\.1\..*", "Stable Diffusion XL", SUPPORTED),
+    (r"embedder\.model\..*|noise_augmentor\..*", "Stable Diffusion unCLIP", SUPPORTED),
+    (r"ztsnr", "a model whose noise schedule ends in pure noise (zero terminal SNR)", SUPPORTED),
+    (r"(?:down_blocks|mid_block|time_embedding)\..*", "a UNet alone", CHECKPOINT),
+    (r"input_blocks\..*", "a UNet alone", CHECKPOINT),
+    (r"(?:encoder|decoder)\.(?:mid|mid_block|conv_in)\..*", "a VAE alone", CHECKPOINT),
+    (r"text_model\..*|transformer\.resblocks\..*|embeddings\.token_embedding\..*", "a text encoder alone", CHECKPOINT),
+)
+WHOLE = {
+    "unet": "UNet (model.diffusion_model.*)",
+    "vae": "VAE (first_stage_model.*)",
+    "text_encoder": "text encoder (cond_stage_model.*)",
+}
+CONTEXTS = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}
+
+
+def open_single_file(path: Path) -> Checkpoint:
+    """Read a single-file Stable Diffusion 1.x or 2.x; which of the two, its tensors tell.
+
+    Args:
+        path: a safetensors file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is something else; names what it looks like.
+    """
+    if path.suffix == ".json":
+        raise CheckpointError(f"model {path} is a file of settings: give its folder, or a safetensors file")
+    tensors = read_tensors(path)
+    refuse_foreign(tensors.keys(), path)
+    parts, others = _split(rename(tensors, PARTS, path))
+    lacking = [name for part, name in WHOLE.items() if not parts[part]]
+    if len(lacking) == len(WHOLE):
+        names = ", ".join(printable(name) for name in sorted(tensors)[:3])
+        raise CheckpointError(f"{path} looks like nothing that p2pz knows (it holds {names}, ...): {SUPPORTED}")
+    if lacking:
+        raise CheckpointError(f"{path} lacks the {' and the '.join(lacking)}: {CHECKPOINT}")
+    if others:
+        warnings.warn(
+            f"{path} holds {len(others)} tensors that are no part of a Stable Diffusion and are left out: "
+            f"{', '.join(printable(name) for name in others[:5])}",
+            stacklevel=5,
+        )
+
+    family = SD2 if "token_embedding.weight" in parts["text_encoder"] else SD1
+    unet = rename(rename(parts["unet"], UNET_BLOCKS, path), UNET_LAYERS, path)
+    vae = rename(rename(parts["vae"], VAE_BLOCKS, path), VAE_LAYERS, path)
+    text_encoder = rename(parts["text_encoder"], family.text_names, path)
+    configs = _unet_config(unet, family), _vae_config(vae), _text_config(text_encoder, family)
+    check_inputs(configs[0]["in_channels"], path)
+    if configs[0]["cross_attention_dim"] in CONTEXTS:
+        raise CheckpointError(f"{path} looks like {CONTEXTS[configs[0]['cross_attention_dim']]}: {SUPPORTED}")
+
+    with safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get("modelspec.prediction_type")  # of Stability AI's ModelSpec
+    if "v_pred" in tensors:  # a mark of trainers
+        told = "v"
+    components = (
+        Component(path, path, f"the layout of {family.name}", config, part)
+        for config, part in zip(configs, (unet, vae, text_encoder), strict=True)
+    )
+    return Checkpoint(
+        path,
+        *components,
+        pad_token=family.pad_token,
+        prediction_type=PREDICTION_TYPES.get(told, family.prediction_type),
+    )
+
+
+def refuse_foreign(names: Collection[str], path: Path) -> None:
+    """Refuse what is known not to be a whole Stable Diffusion 1.x or 2.x.
+
+    Args:
+        names: of a file's tensors.
+        path: the file.
+
+    Raises:
+        CheckpointError: says what it looks like and what to do.
+    """
+    for pattern, kind, advice in FOREIGN:
+        match = next((name for name in names if re.fullmatch(pattern, name)), None)
+        if match is not None:
+            raise CheckpointError(f"{path} looks like {kind} (it holds {printable(match)}): {advice}")
+
+
+def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Tensors of each part by their names in it, and the names of all other tensors."""
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in WHOLE}
+    others = []
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        if rest and part in parts:
+            parts[part][rest] = tensor
+        else:
+            others.append(name)
+    return parts, others
+
+
+def _size(tensors: dict[str, Tensor], name: str, axis: int, default: int) -> int:
+    """Size of a tensor; the published one if it is missing or of another kind, which `fill` then reports."""
+    tensor = tensors.get(name)
+    return default if tensor is None or tensor.ndim <= axis else tensor.shape[axis]
+
+
+def _unet_config(tensors: dict[str, Tensor], family: Family) -> dict[str, Any]:
+    published = (320, 640, 1280, 1280)
+    widths = [
+        _size(tensors, f"down_blocks.{level}.resnets.0.conv2.weight", 0, width) for level, width in enumerate(published)
+    ]
+    context = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    return {
+        "in_channels": _size(tensors, "conv_in.weight", 1, 4),
+        "out_channels": _size(tensors, "conv_out.weight", 0, 4),
+        "sample_size": 64,
+        "block_out_channels": widths,
+        "down_block_types": ["CrossAttnDownBlock2D"] * (LEVELS - 1) + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (LEVELS - 1),
+        "layers_per_block": LAYERS,
+        "attention_head_dim": [family.heads or width // 64 for width in widths],  # diffusers' name for heads
+        "cross_attention_dim": _size(tensors, context, 1, 768 if family is SD1 else 1024),
+        "use_linear_projection": family.linear_projection,
+        "norm_num_groups": 32,
+    }
+
+
+def _vae_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    published = (128, 256, 512, 512)
+    return {
+        "block_out_channels": [
+            _size(tensors, f"encoder.down_blocks.{level}.resnets.0.conv2.weight", 0, width)
+            for level, width in enumerate(published)
+        ],
+        "down_block_types": ["DownEncoderBlock2D"] * LEVELS,
+        "up_block_types": ["UpDecoderBlock2D"] * LEVELS,
+        "layers_per_block": LAYERS,
+        "latent_channels": _size(tensors, "post_quant_conv.weight", 0, 4),
+        "norm_num_groups": 32,
+        "scaling_factor": 0.18215,
+        "sample_size": 512,
+    }
+
+
+def _text_config(tensors: dict[str, Tensor], family: Family) -> dict[str, Any]:
+    width = _size(tensors, "embeddings.token_embedding.weight", 1, 768 if family is SD1 else 1024)
+    return {
+        "vocab_size": _size(tensors, "embeddings.token_embedding.weight", 0, 49408),
+        "max_position_embeddings": _size(tensors, "embeddings.position_embedding.weight", 0, 77),
+        "hidden_size": width,
+        "intermediate_size": _size(tensors, "encoder.layers.0.mlp.fc1.weight", 0, 4 * width),
+        "num_hidden_layers": family.text_layers,
+        "num_attention_heads": width // TEXT_HEAD,
+        "hidden_act": family.text_activation,
+        "layer_norm_eps": 1e-5,
+    }
