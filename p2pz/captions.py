@@ -1,38 +1,131 @@
-"""What an image shows, in words: given by the user, or recognised by the bundled model's CLIP."""
+"""What an image shows, in words: given by the user, or recognised by a captioner or the bundled model's CLIP."""
 
+from __future__ import annotations
+
+import os
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image
 
 from p2pz.clip import load_mini_clip
+from p2pz.engine import explain_out_of_memory
 from p2pz.images import ImageLike, as_list, read_image
-from p2pz.model import Model, load
+from p2pz.model import Model, find_device, load
+from p2pz.text import quiet_transformers
 from p2pz.weights import mini_world
 
+if TYPE_CHECKING:  # importing transformers takes seconds: only when a captioner is loaded
+    from transformers import BlipForConditionalGeneration, BlipProcessor
 
-def caption(img: ImageLike | Sequence[ImageLike], *, model: Model | None = None) -> str | list[str]:
-    """Describe images in the words of the bundled model's world.
 
-    Candidates are compared field by field: first style, animal and accessory together, then the fur, the place and the
-    thing beside the animal (or none).
+@dataclass(frozen=True)
+class Captioner:
+    """A BLIP model that describes images.
+
+    Source: Li et al., "BLIP: Bootstrapping Language-Image Pre-training" (2022).
+    """
+
+    name: str
+    processor: BlipProcessor
+    model: BlipForConditionalGeneration
+
+    @torch.no_grad()
+    def describe(self, pictures: Sequence[Image.Image]) -> list[str]:
+        """A caption for each RGB picture, the same one every time. Raises ValueError for a picture without words."""
+        inputs = self.processor(images=list(pictures), return_tensors="pt").to(self.model.device, self.model.dtype)
+        with quiet_transformers():
+            tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=40)
+        texts = [" ".join(text.split()) for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+        if not all(texts):
+            raise ValueError(
+                f"captioner {self.name} finds no words for the image: give a prompt that says what it shows"
+            )
+        return texts
+
+
+def load_captioner(source: str | os.PathLike, device: str | torch.device | None = None) -> Captioner:
+    """Load a BLIP captioner through transformers.
+
+    Args:
+        source: a folder, or the name of a model on the hub such as "Salesforce/blip-image-captioning-base".
+        device: None takes the GPU if there is one; float16 on a GPU, float32 on the CPU.
+
+    Returns:
+        The frozen captioner, for `caption`.
+
+    Raises:
+        ValueError: it cannot be loaded or is no BLIP captioner, or there is no such device.
+    """
+    from transformers import AutoConfig, BlipForConditionalGeneration, BlipProcessor
+
+    device = find_device(device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    name = os.fspath(source)
+    folder = str(Path(name).expanduser())
+    local = os.path.isdir(folder)
+    if not local and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise ValueError(f'captioner {name} does not exist: give a folder or a name on the hub, such as "owner/model"')
+    try:
+        with quiet_transformers():
+            kind = AutoConfig.from_pretrained(folder, local_files_only=local).model_type
+            if kind != "blip":
+                raise ValueError(f"it is a {kind} model; a BLIP captioner is needed")
+            processor = BlipProcessor.from_pretrained(folder, local_files_only=local)
+            model, info = BlipForConditionalGeneration.from_pretrained(
+                folder, dtype=dtype, local_files_only=local, output_loading_info=True
+            )
+            if info["missing_keys"]:
+                raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:5])}")
+    except Exception as error:  # transformers and the hub raise a dozen kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"captioner {name} cannot be loaded: {reason}") from None
+    return Captioner(name, processor, model.to(device).eval().requires_grad_(False))
+
+
+@explain_out_of_memory
+def caption(
+    img: ImageLike | Sequence[ImageLike],
+    captioner: str | os.PathLike | Captioner | None = None,
+    *,
+    model: Model | None = None,
+) -> str | list[str]:
+    """Describe images: with a captioner in a sentence, without one in the words of the bundled model's world.
+
+    The bundled model compares candidates field by field: first style, animal and accessory together, then the fur, the
+    place and the thing beside the animal (or none).
 
     Args:
         img: a path, a PIL image, an array, or a list of them.
-        model: the bundled model; None loads the default model.
+        captioner: a BLIP model: a folder, a name on the hub, or what `load_captioner` returns.
+        model: without a captioner the bundled model; None loads the default model.
 
     Returns:
         A caption, or a list of them for a list.
 
     Raises:
-        ValueError: the model is not the bundled one, or an image cannot be read.
+        ValueError: neither a captioner nor the bundled model is there, the captioner cannot be loaded, or an image
+            cannot be read.
     """
-    model = model or load()
-    if not model.is_mini:
-        raise ValueError("only the bundled model can caption images: give a prompt that says what the image shows")
     images, single = as_list(img)
-    captions = _retrieve([read_image(image) for image in images], model)
+    pictures = [read_image(image) for image in images]
+    if captioner is None:
+        model = model or load()
+        if not model.is_mini:
+            raise ValueError(
+                "this model cannot caption images: give a prompt that says what the image shows, or a captioner"
+            )
+        captions = _retrieve(pictures, model)
+    else:
+        if not isinstance(captioner, Captioner):
+            captioner = load_captioner(captioner, model.device if model else None)
+        captions = captioner.describe(pictures)
     return captions[0] if single else captions
 
 

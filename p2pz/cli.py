@@ -1,4 +1,4 @@
-"""The command line: p2pz edit, sample, invert, direction and bench."""
+"""The command line: p2pz edit, sample, invert, direction, info and bench."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from p2pz import __version__
+from tqdm import tqdm
 
-if TYPE_CHECKING:  # --help and wrong arguments answer without the modules that import transformers
-    from PIL import Image
+from p2pz import __version__, jobs
 
-    from p2pz.inversion import Inversion
+if TYPE_CHECKING:
     from p2pz.model import Model
 
 PRESETS = ("p2pz", "authors", "diffusers")
-BENCHES = ("edit_speed", "kernels", "quality", "cpu_edit")
+BENCHES = ("edit_speed", "kernels", "quality", "pie_bench", "cpu_edit")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -45,16 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("p2pz: interrupted", file=sys.stderr)
             return 130
         except Exception as error:
-            if not _is_expected(error):
+            if not jobs.is_expected(error):
                 raise
             _complain("error", error)
             return 2
 
 
 def edit_command(args: argparse.Namespace) -> int:
-    """`p2pz edit`: one image to a file, or several to a folder."""
-    from p2pz import Direction, direction, edit
-    from p2pz.images import save_image
+    """`p2pz edit`: one image to a file, or several, or folders of them, to a folder; alone or under torchrun."""
+    from p2pz import Direction, direction
+    from p2pz.captions import load_captioner
 
     concepts = (args.source, args.target)
     if concepts.count(None) != (2 if args.direction else 0):
@@ -62,58 +63,85 @@ def edit_command(args: argparse.Namespace) -> int:
     _check_settings(args)
     change = Direction.load(args.direction) if args.direction else None
     ending = _file_words(change.target if change else args.target) or "edited"
-    images = [Path(image) for image in args.images]
-    outputs, in_folder = _outputs([f"{image.stem}_{ending}.png" for image in images], args.out)
+    given = [Path(image) for image in args.images]
+    images = jobs.find_images(given)
+    folders = [path for path in given if path.is_dir()]
+    many = len(images) > 1 or bool(folders)
+    outputs, folder = _outputs([f"{image.stem}_{ending}.png" for image in images], args.out, many)
+    if folder and folder.resolve() in [path.resolve() for path in folders]:
+        raise ValueError(f"the edits would be among the images in {folder}: give another -o")
     for image, output in zip(images, outputs, strict=True):
         if image.resolve() == output.resolve():
             raise ValueError(f"the edit of {image} would replace the image itself: give another -o")
+        if args.original_size and image.suffix == ".safetensors":
+            raise ValueError(f"{image} is an inversion, which does not know the size of its image: no --original-size")
 
-    model: Model | None = None
-    failed = 0
-    for image, output in zip(images, outputs, strict=True):
-        if in_folder and _skip(output, args):
-            continue
-        try:
-            item = _read_item(image)
-        except (ValueError, OSError) as error:
-            failed += _complain_about(image, error, len(images))
-            continue
-        if model is None:  # after the first image: a wrong path is reported at once, and a finished folder needs none
-            model = _load(args)
-            change = change or direction(*concepts, model=model)
-            change.check_fits(model)
-        _print_warnings(f"{image}: ")
-        start = time.perf_counter()
-        try:
-            result = edit(
-                item,
-                change,
-                model=model,
-                prompt=args.prompt,
-                negative_prompt=args.negative_prompt,
-                preset=args.preset,
-                steps=args.steps,
-                strength=args.strength,
-                guidance=args.guidance,
-                xa_guidance=args.xa_guidance,
-                seed=args.seed,
-                progress=_progress(args),
-            )
-            save_image(result.image, output)
-        except Exception as error:
-            if not _is_expected(error):
-                raise
-            failed += _complain_about(image, error, len(images))
-            continue
-        quality = result.reconstruction_psnr
-        facts = [
-            f'"{_one_line(result.prompt)}"',
-            f"reconstruction {quality:.1f} dB" if quality is not None else "from inversion",
-        ]
-        _say_written(args, output, *facts, start=start)
+    def prepare() -> jobs.Tools:
+        model = _load(args)
+        made = change or direction(*concepts, model=model)
+        made.check_fits(model)
+        captioner = load_captioner(args.captioner, model.device) if args.captioner and args.prompt is None else None
+        return jobs.Tools(model, made, captioner)
+
+    ranks = jobs.ranks()
+    first = ranks.rank == 0
+    tasks = [jobs.Task(image, output) for image, output in zip(images, outputs, strict=True)]
+    with jobs.joined(ranks):
+        todo = tasks
+        if folder and first:
+            jobs.merge_records(folder)
+            todo = [task for task in tasks if not _skip(task.output, args)]
+        todo = jobs.shared(todo, ranks)
+        share = todo[ranks.rank :: ranks.count]
+        results = jobs.edit_files(
+            share,
+            prepare,
+            records=ranks.records(folder) if folder else None,
+            batch_size=args.batch_size,
+            size=args.edit_size,
+            original_size=args.original_size,
+            prompt=args.prompt,
+            negative_prompt=args.negative_prompt,
+            preset=args.preset,
+            steps=args.steps,
+            strength=args.strength,
+            guidance=args.guidance,
+            xa_guidance=args.xa_guidance,
+            seed=args.seed,
+            progress=_progress(args) if first else False,
+        )
+        failed = 0
+        hidden = (True if args.quiet else None) if first and len(share) > 1 else True
+        for record in tqdm(results, "images", len(share), disable=hidden, leave=False):
+            failed += bool(record.error)
+            if record.error and not many:
+                raise ValueError(record.error)
+            if first:
+                _report(args, asdict(record))
+        jobs.wait(ranks)
+        if not first:
+            return 0  # the first process tells of everybody's failures; a status other than 0 would end it
+        records = jobs.merge_records(folder) if folder else {}
+        for task in todo if ranks.launched else ():
+            if task not in share:
+                failed += bool(records[str(task.output)]["error"])
+                _report(args, records[str(task.output)])
     if failed:
         _complain("error", f"{failed} of {len(images)} images failed")
     return 1 if failed else 0
+
+
+def _report(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Lines about an edit that is done, or failed."""
+    image, error, quality = record["input"], record["error"], record["reconstruction_psnr"]
+    for text in record["warnings"]:
+        _complain("warning", f"{image}: {text}")
+    if error:
+        _complain("error", error if image in error else f"{image}: {error}")
+        return
+    inverted = image.endswith(".safetensors")
+    facts = f'"{_one_line(record["prompt"])}"', "from inversion" if inverted else f"reconstruction {quality:.1f} dB"
+    _say(args, f"wrote {record['output']}: {', '.join(facts)}, {record['seconds']:.1f} s")
 
 
 def sample_command(args: argparse.Namespace) -> int:
@@ -124,10 +152,10 @@ def sample_command(args: argparse.Namespace) -> int:
     _check_settings(args)
     prompts = [prompt for prompt in args.prompts for _ in range(args.count)]
     names = [f"{_file_words(prompt) or 'sample'}_{args.seed + i}.png" for i, prompt in enumerate(prompts)]
-    outputs, in_folder = _outputs(names, args.out)
+    outputs, folder = _outputs(names, args.out, len(names) > 1)
     model: Model | None = None
     for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-        if in_folder and _skip(output, args):
+        if folder and _skip(output, args):
             continue
         model = model or _load(args)
         start = time.perf_counter()
@@ -148,7 +176,7 @@ def sample_command(args: argparse.Namespace) -> int:
 
 def invert_command(args: argparse.Namespace) -> int:
     """`p2pz invert`: an image to a file for `p2pz edit`."""
-    from p2pz import invert
+    from p2pz import caption, invert
     from p2pz.images import read_image
 
     _check_settings(args)
@@ -156,13 +184,17 @@ def invert_command(args: argparse.Namespace) -> int:
     picture = read_image(args.image)
     model = _load(args)
     start = time.perf_counter()
+    prompt = args.prompt
+    if prompt is None and args.captioner:
+        prompt = caption(picture, args.captioner, model=model)
     inversion = invert(
         picture,
         model=model,
-        prompt=args.prompt,
+        prompt=prompt,
         preset=args.preset,
         steps=args.steps,
         seed=args.seed,
+        size=args.edit_size,
         progress=_progress(args),
     )
     inversion.save(output)
@@ -171,12 +203,13 @@ def invert_command(args: argparse.Namespace) -> int:
 
 
 def direction_command(args: argparse.Namespace) -> int:
-    """`p2pz direction`: two concepts, or two files of sentences, to a file for `p2pz edit`."""
+    """`p2pz direction`: two concepts, or two files of sentences or of embeddings, to a file for `p2pz edit`."""
     from p2pz import direction
     from p2pz.directions import read_sentences
 
     concepts, files = (args.source, args.target), (args.source_sentences, args.target_sentences)
-    if files.count(None) == 1 or (None in concepts and None in files):
+    embeddings = (args.source_embeddings, args.target_embeddings)
+    if 1 in (files.count(None), embeddings.count(None)) or (None in concepts and None in files and None in embeddings):
         args.parser.error("give --from and --to, or --source-sentences and --target-sentences")
     output = _tensor_output(args.out)
     sentences = None
@@ -184,9 +217,31 @@ def direction_command(args: argparse.Namespace) -> int:
         sentences = tuple(read_sentences(file, side) for file, side in zip(files, ("source", "target"), strict=True))
     model = _load(args)
     start = time.perf_counter()
-    made = direction(args.source or "", args.target or "", sentences=sentences, model=model)
+    made = direction(
+        args.source or "",
+        args.target or "",
+        sentences=sentences,
+        language_model=args.language_model,
+        embeddings=None if None in embeddings else embeddings,
+        seed=args.seed,
+        model=model,
+    )
     made.save(output)
     _say_written(args, output, f"{made.sentences[0]} and {made.sentences[1]} sentences", start=start)
+    _say(args, str(made.report))
+    return 0
+
+
+def info_command(args: argparse.Namespace) -> int:
+    """`p2pz info`: what a checkpoint is and what it needs."""
+    import torch
+
+    from p2pz import load
+    from p2pz.info import describe
+
+    facts = describe(load(args.model, device="cpu", dtype=torch.float16))
+    for name, text in facts.items():
+        print(f"{name.replace('_', ' '):{max(map(len, facts))}}  {text}")
     return 0
 
 
@@ -203,15 +258,16 @@ def _check_settings(args: argparse.Namespace) -> None:
     replace(PRESETS[args.preset] if "preset" in given else Settings(), **numbers)
 
 
-def _outputs(names: Sequence[str], out: str | None) -> tuple[list[Path], bool]:
+def _outputs(names: Sequence[str], out: str | None, many: bool) -> tuple[list[Path], Path | None]:
     """Where each picture goes, checked before the work.
 
     Args:
         names: what to call the pictures in a folder.
         out: a file name or a folder; None is the current folder.
+        many: `out` must be a folder.
 
     Returns:
-        A path for each name, and whether they were put into a folder that `out` names.
+        A path for each name, and the folder that they were put into; None if `out` is a file.
 
     Raises:
         ValueError: they cannot be written.
@@ -221,24 +277,24 @@ def _outputs(names: Sequence[str], out: str | None) -> tuple[list[Path], bool]:
     from p2pz.files import check_place
     from p2pz.images import check_image_path
 
-    if len(names) == 1 and not (out and (out.endswith("/") or Path(out).is_dir())):
+    if not many and not (out and (out.endswith("/") or Path(out).is_dir())):
         output = Path(out or names[0])
         check_image_path(output)
-        return [output], False
+        return [output], None
     folder = Path(out or ".")
     if not folder.is_dir() and folder.suffix.lower() in Image.registered_extensions():
         raise ValueError(f"several pictures need a folder, and {folder} is a file name")
     outputs = [folder / name for name in names]
-    repeated = next((output for i, output in enumerate(outputs) if output in outputs[:i]), None)
+    repeated = [output for output, count in Counter(outputs).items() if count > 1]
     if repeated:
-        raise ValueError(f"two of the images would be written to {repeated}: rename one, or edit them one by one")
+        raise ValueError(f"two of the images would be written to {repeated[0]}: rename one, or edit them one by one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot create the folder {folder}: {(error.strerror or str(error)).lower()}") from None
     for output in outputs:
         check_place(output)
-    return outputs, True
+    return outputs, folder
 
 
 def _tensor_output(out: str) -> Path:
@@ -260,14 +316,6 @@ def _skip(output: Path, args: argparse.Namespace) -> bool:
     return True
 
 
-def _read_item(path: Path) -> Image.Image | Inversion:
-    """An image or a saved inversion. Raises ValueError."""
-    from p2pz import Inversion
-    from p2pz.images import read_image
-
-    return Inversion.load(path) if path.suffix == ".safetensors" else read_image(path)
-
-
 def bench_command(args: argparse.Namespace) -> int:
     """`p2pz bench`: a script of the benchmark suite, in a process of its own."""
     script = Path(__file__).resolve().parent.parent / "bench" / f"{args.suite}.py"
@@ -277,13 +325,19 @@ def bench_command(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> Model:
-    """The model that the options name."""
+    """The model that the options name; each process of torchrun has a GPU of its own."""
     import torch
 
     from p2pz import load
+    from p2pz.model import find_device
 
+    device, ranks = args.device, jobs.ranks()
+    if ranks.launched and torch.cuda.is_available() and device in (None, "cuda"):
+        device = f"cuda:{ranks.local}"
+        torch.cuda.set_device(find_device(device))
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    return load(args.model, device=args.device, dtype=dtype, max_memory=args.max_memory)
+    file = {"prediction_type": args.prediction_type, "tokenizer": args.tokenizer}
+    return load(args.model, device=device, dtype=dtype, max_memory=args.max_memory, **file)
 
 
 def _progress(args: argparse.Namespace) -> bool | None:
@@ -297,7 +351,8 @@ def _file_words(text: str) -> str:
 
 def _say(args: argparse.Namespace, line: str) -> None:
     if not args.quiet:
-        print(line, flush=True)
+        with tqdm.external_write_mode():
+            print(line, flush=True)
 
 
 def _say_written(args: argparse.Namespace, output: Path, *facts: str, start: float) -> None:
@@ -305,8 +360,13 @@ def _say_written(args: argparse.Namespace, output: Path, *facts: str, start: flo
 
 
 def _complain(kind: str, message: object) -> None:
-    """One line on stderr, whatever the message."""
-    print(f"p2pz: {kind}: {_one_line(message) or type(message).__name__}", file=sys.stderr, flush=True)
+    """One line on stderr, whatever the message; of several processes all tell their errors, the first one warnings."""
+    rank = jobs.ranks().rank
+    if rank == 0 or kind == "error":
+        process = f"process {rank}: " if rank else ""
+        with tqdm.external_write_mode(sys.stderr):
+            line = f"p2pz: {process}{kind}: {_one_line(message) or type(message).__name__}"
+            print(line, file=sys.stderr, flush=True)
 
 
 def _one_line(text: object) -> str:
@@ -323,21 +383,6 @@ def _print_warnings(prefix: str = "") -> None:
             _complain("warning", f"{prefix}{message}")
 
     warnings.showwarning = show
-
-
-def _complain_about(image: Path, error: Exception, count: int) -> int:
-    """Report that an image of several failed, and return 1; an only image's error is raised."""
-    if count == 1:
-        raise error
-    _complain("error", error if str(image) in str(error) else f"{image}: {error}")
-    return 1
-
-
-def _is_expected(error: Exception) -> bool:
-    """Whether an error is about what the user gave, or the machine, rather than a mistake in p2pz."""
-    if isinstance(error, RuntimeError):  # PyTorch's, on a GPU and on the CPU
-        return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return isinstance(error, (ValueError, OSError))
 
 
 def _whole(lowest: int, highest: int):
@@ -364,11 +409,14 @@ def _size(text: str) -> tuple[int, int]:
 
 
 _EPILOGS = {
-    "edit": "example: p2pz edit cat.png --from cat --to dog -o dog.png",
+    "edit": "example: p2pz edit cat.png --from cat --to dog -o dog.png\n"
+    "         p2pz edit photos/ --from cat --to dog -o dogs/\n"
+    "         torchrun --nproc-per-node 4 -m p2pz.cli edit photos/ --from cat --to dog -o dogs/",
     "sample": 'example: p2pz sample "a photo of a cat on the beach" --seed 3 -o cat.png',
     "invert": "example: p2pz invert cat.png -o cat.safetensors\n         p2pz edit cat.safetensors --from cat --to dog",
     "direction": "example: p2pz direction --from cat --to dog -o cat2dog.safetensors\n"
     "         p2pz edit cat.png --direction cat2dog.safetensors",
+    "info": "example: p2pz info path/to/stable-diffusion",
     "bench": "example: p2pz bench edit_speed --out results",
 }
 
@@ -398,10 +446,13 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     edit = command("edit", edit_command, "edit images", "IMG [IMG ...] --from WORDS --to WORDS [-o OUT]")
-    edit.add_argument("images", nargs="+", metavar="IMG", help="image, or inversion saved by p2pz invert")
+    edit.add_argument("images", nargs="+", metavar="IMG", help="image, folder of images, or inversion (p2pz invert)")
     _add_concepts(edit)
     edit.add_argument("--direction", metavar="FILE", help="saved direction, instead of --from and --to")
     edit.add_argument("-o", "--out", help="file; for several images a folder (default: <image>_<to>.png, here)")
+    _add_size(edit)
+    edit.add_argument("--original-size", action="store_true", help="results as large as the images, not as the model's")
+    edit.add_argument("--batch-size", type=_whole(1, 1000), metavar="N", help="images at once (default: GPU 8, CPU 1)")
     edit.add_argument("--prompt", metavar="TEXT", help="what the image shows (default: recognised, or from --from)")
     edit.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from (default: the prompt)")
     edit.add_argument("--strength", type=float, metavar="X", help="larger: stronger edit (default: the preset's)")
@@ -409,6 +460,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument(
         "--xa-guidance", type=float, metavar="X", help="larger: closer to the image (default: the preset's)"
     )
+    _add_captioner(edit)
     _add_overwrite(edit)
     _add_run(edit, "default: the preset's, or the inversion's")
     _add_preset(edit)
@@ -429,6 +481,8 @@ def _parser() -> argparse.ArgumentParser:
     invert.add_argument("image", metavar="IMG", help="image")
     invert.add_argument("-o", "--out", required=True, help="file, .safetensors")
     invert.add_argument("--prompt", metavar="TEXT", help='what the image shows (default: recognised, or "a photo")')
+    _add_captioner(invert)
+    _add_size(invert)
     _add_run(invert, "default: the preset's")
     _add_preset(invert)
 
@@ -440,7 +494,13 @@ def _parser() -> argparse.ArgumentParser:
         direction.add_argument(
             f"--{side}-sentences", metavar="FILE", help=f"{side} sentences, one a line (default: built in)"
         )
+        direction.add_argument(f"--{side}-embeddings", metavar="FILE", help=f"{side} text states of PyTorch (.pt)")
+    direction.add_argument("--language-model", metavar="FOLDER", help="that writes the sentences")
+    _add_seed(direction, "of the language model's sentences")
     direction.add_argument("-o", "--out", required=True, help="file, .safetensors")
+
+    info = command("info", info_command, "tell what a checkpoint is and needs", "[MODEL]")
+    info.add_argument("model", nargs="?", metavar="MODEL", help="Stable Diffusion (default: $P2PZ_MODEL, or bundled)")
 
     bench = command("bench", bench_command, "run a benchmark", "SUITE")
     bench.add_argument("suite", choices=BENCHES, metavar="SUITE", help=", ".join(BENCHES))
@@ -449,7 +509,13 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     for sub in (edit, sample, invert, direction):
-        sub.add_argument("--model", metavar="FOLDER", help="Stable Diffusion (default: $P2PZ_MODEL, or bundled)")
+        sub.add_argument(
+            "--model", metavar="SOURCE", help="folder, .safetensors file or hub id (default: $P2PZ_MODEL, or bundled)"
+        )
+        sub.add_argument("--tokenizer", metavar="FOLDER", help="of a .safetensors file (default: from the hub's cache)")
+        sub.add_argument(
+            "--prediction-type", choices=("epsilon", "v_prediction"), help="if a file does not tell (default: probed)"
+        )
         sub.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
         sub.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
         sub.add_argument("--max-memory", type=float, metavar="GIB", help="of the GPU's memory (default: no limit)")
@@ -457,9 +523,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    text = "work on about N x N pixels, 64 to 1536 (default: the size the model was trained at)"
+    parser.add_argument("--size", dest="edit_size", type=_whole(64, 1536), metavar="N", help=text)
+
+
 def _add_concepts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", metavar="WORDS", help='what is there, such as "cat"')
     parser.add_argument("--to", dest="target", metavar="WORDS", help='what to make of it, such as "cat with glasses"')
+
+
+def _add_captioner(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--captioner", metavar="FOLDER", help="BLIP model that says what an image shows")
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -468,8 +543,11 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser, steps: str, default: int | None = None) -> None:
     parser.add_argument("--steps", type=_whole(1, 999), default=default, metavar="N", help=f"1 to 999 ({steps})")
-    seeds = _whole(0, 2**63 - 1)
-    parser.add_argument("--seed", type=seeds, default=0, metavar="N", help="of all randomness (default: 0)")
+    _add_seed(parser, "of all randomness")
+
+
+def _add_seed(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, metavar="N", help=f"{what} (default: 0)")
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:

@@ -2,58 +2,105 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from p2pz.engine import explain_out_of_memory
 from p2pz.files import load_tensors, save_tensors
 from p2pz.model import Model, load
-
-Sentences = Sequence[str] | str | os.PathLike
-"""A list of sentences, or the path of a text file with one sentence on each line."""
-
-# Words that name a medium: a direction between two of them changes the style, not the subject.
-_MEDIA = ("photo", "photograph", "sketch", "drawing", "painting", "pastel", "watercolor", "watercolour", "cartoon")
-
-_PLACES = ("", " in a meadow", " on the beach", " in the snow", " at night", " in a room", " in the city")
-_SUBJECT_TEMPLATES = tuple(
-    f"{medium} of {{}}{place}{thing}"
-    for medium in ("a photo", "a sketch", "an oil pastel")
-    for place, things in zip(
-        _PLACES,
-        (
-            ("",),
-            ("", " near a tree", " under the sun"),
-            ("", " near a palm tree", " near a ball"),
-            ("", " near a house", " near a tree"),
-            ("", " under the moon", " near a house"),
-            ("", " by a window", " near a lamp"),
-            ("", " near a car", " near a lamp"),
-        ),
-        strict=True,
-    )
-    for thing in things
+from p2pz.sentences import (
+    LanguageModel,
+    Sentences,
+    bank_sentences,
+    is_medium,
+    read_sentences,
+    source_prompt,
+    with_article,
+    write_sentences,
 )
-_MEDIUM_TEMPLATES = tuple(
-    f"{{}} of {subject}{place}"
-    for subject in ("a cat", "a dog", "a horse", "a zebra", "a rabbit", "a bear", "a cat with glasses")
-    for place in _PLACES
-)
+
+__all__ = [
+    "Direction",
+    "DirectionReport",
+    "bank_sentences",
+    "direction",
+    "direction_report",
+    "is_medium",
+    "parse_direction",
+    "read_sentences",
+    "source_prompt",
+    "with_article",
+]
+
+CLEARLY = 1.5
+"""A direction is within the noise unless its norm is at least this multiple of what half of the sentences differ by."""
+
+
+@dataclass(frozen=True)
+class DirectionReport:
+    """How far a direction can be trusted.
+
+    Attributes:
+        norm: of the direction.
+        noise: what the norm would be of a direction between two halves of the source sentences, root mean square over
+            all ways to halve them; None for a single sentence.
+        lowest_stability, mean_stability: cosine between the direction and the one without one sentence, over all
+            sentences; None for one sentence on each side.
+        word_swap: cosine to the direction between the two plainest sentences ("a photo of a cat" -> "a photo of a
+            dog"); None without words.
+    """
+
+    norm: float
+    noise: float | None
+    lowest_stability: float | None
+    mean_stability: float | None
+    word_swap: float | None
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the source sentences differ among themselves about as much as from the target's."""
+        return self.noise is not None and self.norm < CLEARLY * self.noise
+
+    def __str__(self) -> str:
+        parts = [f"norm {self.norm:.1f}"]
+        if self.noise:
+            parts.append(f"{self.norm / self.noise:.1f} times what half of the source sentences differ by")
+        if self.lowest_stability is not None:
+            parts.append(
+                f"leave-one-out cosine {self.lowest_stability:.4f} at least, {self.mean_stability:.4f} on average"
+            )
+        if self.word_swap is not None:
+            parts.append(f"cosine {self.word_swap:.2f} to the plain word swap")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
 class Direction:
     """What to add to every token of a caption's text states to change a concept.
 
+    Directions of one text encoder add up: `0.7 * cat_to_dog + winter`, `-winter`, `cat_to_dog - winter`. A sum keeps
+    the source of its first direction that has one; its target is empty unless both have the same one.
+
     Attributes:
         states: `[77, d]` float32 on the CPU.
         source, target: the concepts in words; empty if it was made from sentences alone.
         sentences: how many sentences each side was averaged over.
         text_fingerprint: the text encoder it was made with; it means nothing to another.
+        sentences_hash: of all sentences; equal for equal sentences. Empty if it was not made from sentences.
+        version: of p2pz, that made it.
+        terms: of a sum, factors and words; empty for a direction that is none.
+        report: how far it can be trusted; None for a sum, and in files of older versions.
 
     Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), section 3.2.
     """
@@ -63,9 +110,25 @@ class Direction:
     target: str
     sentences: tuple[int, int]
     text_fingerprint: str
+    sentences_hash: str = ""
+    version: str = ""
+    terms: tuple[tuple[float, str], ...] = ()
+    report: DirectionReport | None = None
+
+    @property
+    def words(self) -> str:
+        """ "cat -> dog", or a formula such as "0.7 * (cat -> dog) - (sketch -> photo)"."""
+        if not self.terms:
+            return f"{self.source} -> {self.target}" if self.source and self.target else self.source or self.target
+        parts = [
+            f"{'-' if factor < 0 else '+'} {'' if abs(factor) == 1 else f'{abs(factor):g} * '}({words or 'sentences'})"
+            for factor, words in self.terms
+        ]
+        formula = " ".join(parts)
+        return f"-{formula[2:]}" if formula.startswith("-") else formula[2:]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file, whole or not at all.
+        """Write a safetensors file with the direction's card in its metadata, whole or not at all.
 
         Args:
             path: for instance `cat2dog.safetensors`.
@@ -74,10 +137,15 @@ class Direction:
             ValueError: the place cannot be written to.
         """
         card = {
+            "words": self.words,
             "source": self.source,
             "target": self.target,
             "sentences": "{} {}".format(*self.sentences),
+            "sentences_hash": self.sentences_hash,
             "text_fingerprint": self.text_fingerprint,
+            "version": self.version,
+            "terms": json.dumps(self.terms),
+            "report": json.dumps(asdict(self.report) if self.report else None),
         }
         save_tensors(path, "direction", {"states": self.states}, card)
 
@@ -93,8 +161,18 @@ class Direction:
         """
         facts = ("source", "target", "sentences", "text_fingerprint")
         tensors, card = load_tensors(path, "direction", ("states",), facts)
-        counts = tuple(int(count) for count in card["sentences"].split())
-        return cls(tensors["states"], card["source"], card["target"], counts, card["text_fingerprint"])
+        report = json.loads(card.get("report", "null"))
+        return cls(
+            tensors["states"],
+            card["source"],
+            card["target"],
+            tuple(int(count) for count in card["sentences"].split()),
+            card["text_fingerprint"],
+            card.get("sentences_hash", ""),
+            card.get("version", ""),
+            tuple((factor, words) for factor, words in json.loads(card.get("terms", "[]"))),
+            DirectionReport(**report) if report else None,
+        )
 
     def check_fits(self, model: Model) -> None:
         """Raise ValueError if the direction was made with another text encoder than the model's."""
@@ -104,6 +182,83 @@ class Direction:
                 f"({model.text_fingerprint}): make it again with direction(..., model=model)"
             )
 
+    def __mul__(self, factor: float) -> Direction:
+        if not isinstance(factor, Real):
+            return NotImplemented
+        if not math.isfinite(factor):
+            raise ValueError(f"a direction can be multiplied by a finite number, not {factor}")
+        factor = float(factor)
+        sides = (self.target, self.source) if factor < 0 else (self.source, self.target)
+        terms = tuple((factor * each, words) for each, words in self._terms())
+        counts = self.sentences[::-1] if factor < 0 else self.sentences
+        return self._derived(factor * self.states, *sides, counts, self.sentences_hash, terms)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Direction:
+        return -1 * self
+
+    def __add__(self, other: Direction) -> Direction:
+        if not isinstance(other, Direction):
+            return NotImplemented
+        if self.text_fingerprint != other.text_fingerprint:
+            raise ValueError(
+                f"directions of different text encoders ({self.text_fingerprint} and {other.text_fingerprint}) "
+                "cannot be added"
+            )
+        return self._derived(
+            self.states + other.states,
+            self.source or other.source,
+            self.target if self.target == other.target else "",
+            tuple(a + b for a, b in zip(self.sentences, other.sentences, strict=True)),
+            " ".join(dict.fromkeys(f"{self.sentences_hash} {other.sentences_hash}".split())),
+            self._terms() + other._terms(),
+        )
+
+    def __sub__(self, other: Direction) -> Direction:
+        return self + -other if isinstance(other, Direction) else NotImplemented
+
+    def _terms(self) -> tuple[tuple[float, str], ...]:
+        return self.terms or ((1.0, self.words),)
+
+    def _derived(self, states: Tensor, *facts: object) -> Direction:
+        source, target, counts, sentences_hash, terms = facts
+        return Direction(states, source, target, counts, self.text_fingerprint, sentences_hash, _version(), terms)
+
+
+@torch.no_grad()
+def direction_report(source: Tensor, target: Tensor, word_swap: Tensor | None = None) -> DirectionReport:
+    """Judge the direction between two sets of text states.
+
+    Args:
+        source, target: `[n, 77, d]` and `[m, 77, d]`, the states of each sentence.
+        word_swap: `[77, d]`, the difference between the two plainest sentences.
+
+    Returns:
+        The report.
+    """
+    sides = [states.float().flatten(1) for states in (source, target)]
+    means = [states.mean(0) for states in sides]
+    made = means[1] - means[0]
+
+    # The mean over all halvings of |mean of one half - mean of the other|^2 is 4 / n times the unbiased variance.
+    n = len(source)
+    noise = math.sqrt(4 / n * float((sides[0] - means[0]).square().sum()) / (n - 1)) if n > 1 else None
+
+    cosines = []
+    for states, mean, sign in zip(sides, means, (-1, 1), strict=True):
+        if len(states) > 1:
+            without = made + sign * (mean - states) / (len(states) - 1)
+            cosines.append(F.cosine_similarity(without, made[None], dim=1))
+    stability = torch.cat(cosines) if cosines else None
+    return DirectionReport(
+        norm=float(made.norm()),
+        noise=noise,
+        lowest_stability=None if stability is None else float(stability.min()),
+        mean_stability=None if stability is None else float(stability.mean()),
+        word_swap=None if word_swap is None else float(F.cosine_similarity(made, word_swap.float().flatten(), dim=0)),
+    )
+
 
 @explain_out_of_memory
 def direction(
@@ -111,35 +266,78 @@ def direction(
     target: str = "",
     *,
     sentences: tuple[Sentences, Sentences] | None = None,
+    language_model: LanguageModel | None = None,
+    embeddings: tuple[str | os.PathLike, str | os.PathLike] | None = None,
+    seed: int = 0,
     model: Model | None = None,
 ) -> Direction:
-    """Make a direction from words or from sentences.
+    """Make a direction from words, from sentences, or from saved embeddings.
+
+    Warns if the direction is within the noise of its sentences, see `DirectionReport`.
 
     Args:
         source, target: concepts such as "cat" and "dog", "cat" and "cat with glasses", "sketch" and "oil pastel"; they
             are put into a built-in bank of sentences.
         sentences: sentences about the source and about the target to use instead of the bank: two lists, or two text
             files with a sentence on each line.
+        language_model: have a language model write the sentences: a folder that transformers reads, or a function, see
+            `p2pz.sentences.write_sentences`.
+        embeddings: two files of PyTorch, such as the `cat.pt` and `dog.pt` that pix2pix-zero's authors publish: text
+            states of the model's text encoder, `[n, 77, d]` or their mean, `[1, 77, d]`.
+        seed: of the language model's sentences.
         model: whose text encoder to use; None loads the default model.
 
     Returns:
         The direction.
 
     Raises:
-        ValueError: a word or a list of sentences is empty, the words are the same, or a file cannot be read.
+        ValueError: a word or a list of sentences is empty, the words are the same, a file cannot be read, embeddings
+            are another text encoder's, or the language model did not write about the concepts.
     """
-    if sentences is None:
-        source, target = source.strip(), target.strip()
+    source, target = source.strip(), target.strip()
+    if sum(given is not None for given in (sentences, language_model, embeddings)) > 1:
+        raise ValueError("give sentences, a language model or embeddings, not several of them")
+    if sentences is None and embeddings is None:
         if not source or not target:
             raise ValueError('a direction needs two concepts, such as direction("cat", "dog")')
         if source == target:
             raise ValueError(f'a direction from "{source}" to itself changes nothing')
-        sentences = bank_sentences(source, target)
-    lists = [read_sentences(side, name) for side, name in zip(sentences, ("source", "target"), strict=True)]
+    elif sentences is not None:
+        sentences = [read_sentences(side, name) for side, name in zip(sentences, ("source", "target"), strict=True)]
     model = model or load()
-    means = [model.encode_text(side).float().mean(0) for side in lists]
-    counts = (len(lists[0]), len(lists[1]))
-    return Direction((means[1] - means[0]).cpu(), source, target, counts, model.text_fingerprint)
+    if embeddings is not None:
+        states = [_read_embeddings(Path(path), model) for path in embeddings]
+    else:
+        if language_model is not None:
+            sentences = [
+                write_sentences(concept, language_model, seed=seed, device=model.device) for concept in (source, target)
+            ]
+        elif sentences is None:
+            sentences = bank_sentences(source, target, mini=model.is_mini)
+        states = [model.encode_text(side).float() for side in sentences]
+    means = [side.mean(0) for side in states]
+
+    swap = None
+    if source and target:
+        plain = model.encode_text([source_prompt(source), source_prompt(target)])
+        swap = plain[1] - plain[0]
+    report = direction_report(*states, swap)
+    if report.within_noise:
+        warnings.warn(
+            f"this direction is hardly longer ({report.norm:.3g}) than what halves of its source sentences differ by "
+            f"({report.noise:.3g}): give more sentences, alike but for the concept",
+            stacklevel=3,
+        )
+    return Direction(
+        (means[1] - means[0]).cpu(),
+        source,
+        target,
+        (len(states[0]), len(states[1])),
+        model.text_fingerprint,
+        _hash(sentences) if sentences else "",
+        _version(),
+        report=report,
+    )
 
 
 def parse_direction(words: str) -> tuple[str, str]:
@@ -150,43 +348,35 @@ def parse_direction(words: str) -> tuple[str, str]:
     return sides[0].strip(), sides[1].strip()
 
 
-def is_medium(concept: str) -> bool:
-    """Whether a concept names a medium ("oil pastel") rather than a subject ("cat with glasses")."""
-    return concept.split()[-1].lower() in _MEDIA if concept.split() else False
+def _read_embeddings(path: Path, model: Model) -> Tensor:
+    """Text states `[n, 77, d]` float32 of a file of PyTorch, on the model's device. Raises ValueError."""
+    try:
+        states = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"embeddings {path} do not exist") from None
+    except Exception as error:  # what is no file of PyTorch raises almost anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"embeddings {path} cannot be read: {reason}") from None
+    length, width = model.tokenizer.model_max_length, model.text_encoder.config.hidden_size
+    if not isinstance(states, Tensor) or states.ndim != 3 or not states.is_floating_point() or len(states) == 0:
+        found = f"a tensor {list(states.shape)}" if isinstance(states, Tensor) else f"a {type(states).__name__}"
+        raise ValueError(f"embeddings {path} must be a tensor [sentences, {length}, {width}], but they are {found}")
+    if states.shape[1:] != (length, width):
+        raise ValueError(
+            f"embeddings {path} hold {states.shape[1]} tokens of width {states.shape[2]}, but this model's text "
+            f"encoder gives {length} of width {width}: they were made with another text encoder"
+        )
+    if not states.isfinite().all():
+        raise ValueError(f"embeddings {path} hold numbers that are not finite")
+    return states.float().to(model.device)
 
 
-def with_article(noun: str) -> str:
-    """ "a cat", "an oil pastel"; words that bring an article keep it."""
-    if noun.split()[0].lower() in ("a", "an", "the"):
-        return noun
-    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+def _hash(sentences: Sequence[Sequence[str]]) -> str:
+    """Short name of two lists of sentences."""
+    return hashlib.sha256("\n\n".join("\n".join(side) for side in sentences).encode()).hexdigest()[:16]
 
 
-def bank_sentences(source: str, target: str) -> tuple[list[str], list[str]]:
-    """The built-in sentences about two concepts, pairwise alike but for the concept."""
-    templates = _MEDIUM_TEMPLATES if is_medium(source) and is_medium(target) else _SUBJECT_TEMPLATES
-    return tuple([template.format(with_article(concept)) for template in templates] for concept in (source, target))
+def _version() -> str:
+    from p2pz import __version__  # it exists only after all modules were imported
 
-
-def source_prompt(source: str) -> str:
-    """The caption to assume for an image of which only the source concept is known."""
-    if not source:
-        return "a photo"
-    return with_article(source) if is_medium(source) else f"a photo of {with_article(source)}"
-
-
-def read_sentences(sentences: Sentences, name: str) -> list[str]:
-    """The sentences of a list or of a text file, without empty ones; `name` says whose, for the error message.
-
-    Raises:
-        ValueError: the file cannot be read, or there are none.
-    """
-    if isinstance(sentences, (str, os.PathLike)):
-        try:
-            sentences = Path(sentences).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"the {name} sentences cannot be read: {error}") from None
-    kept = [sentence.strip() for sentence in sentences if sentence.strip()]
-    if not kept:
-        raise ValueError(f"there are no {name} sentences: give at least one")
-    return kept
+    return __version__

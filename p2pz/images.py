@@ -22,7 +22,8 @@ def read_image(image: ImageLike) -> Image.Image:
     """Any accepted form of an image as an upright RGB picture; transparency becomes white.
 
     Args:
-        image: a path, a PIL image, or an array `[H, W, 3]` (also `[H, W]` or `[H, W, 4]`), uint8 or floats in [0, 1].
+        image: a path, a PIL image, or an array `[H, W, 3]` (also `[H, W]` or `[H, W, 4]`), uint8, uint16 or floats in
+            [0, 1].
 
     Raises:
         ValueError: the file is missing or no image, the array has another shape or range, or a side is a few pixels.
@@ -39,6 +40,8 @@ def read_image(image: ImageLike) -> Image.Image:
     if picture.mode.startswith("I"):  # 16 bits a pixel; PIL would cut off the values above 255
         levels = np.asarray(picture).astype(np.int64)
         picture = Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8))
+    elif picture.mode == "F":
+        picture = _from_array(np.asarray(picture))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -68,8 +71,10 @@ def _from_array(array: np.ndarray) -> Image.Image:
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise ValueError("an image array of floats holds values from 0 to 1; this one does not (uint8: 0 to 255)")
         array = (array * 255).round().astype(np.uint8)
+    if array.dtype == np.uint16:
+        array = (array / 257).round().astype(np.uint8)
     if array.dtype != np.uint8:
-        raise ValueError(f"an image array is uint8 or floating point, not {array.dtype}")
+        raise ValueError(f"an image array is uint8, uint16 or floating point, not {array.dtype}")
     return Image.fromarray(array)
 
 
@@ -107,6 +112,20 @@ def working_size(size: tuple[int, int], native: int, multiple: int) -> tuple[int
     """
     scale = native / (size[0] * size[1]) ** 0.5
     return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in size)
+
+
+def to_original_size(picture: Image.Image, original: ImageLike) -> Image.Image:
+    """A result at the size of the image that it was made of; enlarging adds no detail.
+
+    Args:
+        picture: a result of `edit`, at the size the model works at.
+        original: the image that was edited, in any form that `read_image` takes.
+
+    Raises:
+        ValueError: the original cannot be read.
+    """
+    size = read_image(original).size
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:

@@ -20,7 +20,7 @@ from p2pz import cli, editing
 from p2pz.presets import PRESETS
 from p2pz.weights import MINI_FOLDER, mini_world
 
-COMMANDS = ("edit", "sample", "invert", "direction", "bench")
+COMMANDS = ("edit", "sample", "invert", "direction", "info", "bench")
 CAT_TO_DOG = ("--from", "cat", "--to", "dog", "--steps", "2")
 
 
@@ -142,7 +142,7 @@ def test_folder_is_resumed_and_a_bad_image_does_not_lose_the_others(p2pz_, monke
         bad.write("not an image")
     images = ("cat.png", "bad.png", "second.png", "missing.png")
     status, out, err = p2pz_("edit", *images, *CAT_TO_DOG, "-o", "new/out")
-    assert status == 1 and sorted(os.listdir("new/out")) == ["cat_dog.png", "second_dog.png"]
+    assert status == 1 and sorted(os.listdir("new/out")) == ["cat_dog.png", "results.jsonl", "second_dog.png"]
     assert [line.split(":")[0] for line in out] == ["wrote new/out/cat_dog.png", "wrote new/out/second_dog.png"]
     assert [line[:34] for line in err] == [
         "p2pz: error: image bad.png cannot ",
@@ -176,6 +176,7 @@ def test_saved_inversion_and_direction_give_the_same_edit(p2pz_):
     status, out, err = p2pz_("direction", "--from", "cat", "--to", "dog", "-o", "cat2dog.safetensors")
     assert (status, err) == (0, [])
     assert re.fullmatch(r"wrote cat2dog.safetensors: (\d+) and \1 sentences, \d+\.\d s", out[0])
+    assert re.fullmatch(r"norm \d+\.\d; \d\.\d times what .*; leave-one-out .*; cosine 0\.\d\d to the .*", out[1])
     status, out, err = p2pz_("edit", "cat.safetensors", "--direction", "cat2dog.safetensors")
     assert (status, err) == (0, []) and re.search(r"wrote cat_dog.png: .*, from inversion, ", out[0])
     assert np.array_equal(pixels("cat_dog.png"), pixels("direct.png"))
@@ -216,6 +217,44 @@ def test_sample(p2pz_, model):
     assert np.array_equal(pixels("one.png"), pixels("out/a_dog_9.png"))
 
 
+def test_a_folder_keeps_its_images_sizes_on_demand(p2pz_):
+    os.mkdir("photos")
+    for name, size in (("wide.png", (151, 97)), ("large.png", (300, 280))):
+        Image.open("cat.png").resize(size).save(f"photos/{name}")
+    status, out, err = p2pz_("edit", "photos", *CAT_TO_DOG[:4], "--steps", 1, "-o", "out", "--original-size")
+    assert (status, err) == (0, []) and [line.split(":")[0] for line in out] == [
+        "wrote out/large_dog.png",
+        "wrote out/wide_dog.png",
+    ]
+    assert pixels("out/wide_dog.png").shape == (97, 151, 3) and pixels("out/large_dog.png").shape == (280, 300, 3)
+    assert p2pz_("edit", "photos", *CAT_TO_DOG[:4], "--steps", 1, "-o", "small", "--quiet") == (0, [], [])
+    assert pixels("small/large_dog.png").shape == (124, 132, 3)
+
+
+def test_direction_from_embeddings(p2pz_, model):
+    states = model.encode_text(["a cat", "a sleeping cat"]), model.encode_text(["a dog"])
+    for name, side in zip(("cat.pt", "dog.pt"), states, strict=True):
+        torch.save(side, name)
+    files = ("--source-embeddings", "cat.pt", "--target-embeddings", "dog.pt")
+    assert p2pz_("direction", *files, *CAT_TO_DOG[:4], "-o", "d.safetensors")[0] == 0
+    made = p2pz.Direction.load("d.safetensors")
+    assert torch.equal(made.states, states[1][0] - states[0].mean(0)) and made.words == "cat -> dog"
+
+
+def test_info(p2pz_, model):
+    status, out, err = p2pz_("info")
+    assert (status, err) == (0, [])
+    facts = {line[:13].strip(): line[14:] for line in out}
+    assert facts["model"] == str(MINI_FOLDER) and facts["family"] == "the bundled model's"
+    count = sum(parameter.numel() for parameter in model.unet.parameters())
+    size = os.path.getsize(MINI_FOLDER / "unet" / "diffusion_pytorch_model.safetensors") / 2**20
+    assert facts["unet"].startswith(f"{count / 1e6:.1f} M parameters, ") and facts["unet"].endswith(
+        f"F16, {size:.0f} MiB"
+    )
+    assert "128 x 128 pixels" in facts["trained at"] and model.text_fingerprint in facts["text states"]
+    assert re.search(r"about 0\.\d GiB in float16, eight at once \d\.\d; with --max-memory \d\.\d", facts["memory"])
+
+
 def test_quiet_says_nothing(p2pz_):
     assert p2pz_("edit", "cat.png", *CAT_TO_DOG, "--quiet") == (0, [], [])
     assert p2pz_("sample", "a cat", "-o", "a.png", "--steps", 1, "--quiet") == (0, [], [])
@@ -242,10 +281,10 @@ def test_help_is_quick_and_has_examples():
     )
     done = subprocess.run([sys.executable, "-c", script, *COMMANDS], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.count("\nexample: p2pz ") == 6 and all(
+    assert done.stdout.count("\nexample: p2pz ") == 7 and all(
         f"example: p2pz {name} " in done.stdout for name in COMMANDS
     )
-    assert len(re.findall(r"^usage: p2pz", done.stdout, re.M)) == 6
+    assert len(re.findall(r"^usage: p2pz", done.stdout, re.M)) == 7
 
 
 def test_version_and_choices(p2pz_):
@@ -282,6 +321,9 @@ SAMPLE = ("sample", "a cat", "-o", "a.png")
         (("invert", "cat.png"), "required: -o/--out"),
         (("direction", "--from", "cat", "-o", "d.safetensors"), "give --from and --to, or --source-sentences"),
         (("direction", "--source-sentences", "a.txt", "-o", "d.safetensors"), "give --from and --to"),
+        (("direction", "--source-embeddings", "a.pt", "-o", "d.safetensors"), "give --from and --to"),
+        (("direction", *EDIT[2:], "--target-embeddings", "a.pt", "-o", "d.safetensors"), "give --from and --to"),
+        ((*EDIT, "--batch-size", "0"), "--batch-size: must be a whole number from 1"),
     ],
 )
 def test_wrong_arguments_are_a_usage_and_an_error_line(argv, message, p2pz_, no_work):
@@ -322,7 +364,9 @@ DIRECTION = ("direction", "-o", "d.safetensors")
         (("edit", "text.png", *TO_DOG), "image text.png cannot be read"),
         (("edit", "dot.png", *TO_DOG), "1 x 1 pixels"),
         (("edit", "strip.png", *TO_DOG), "400 x 20 pixels"),
-        (("edit", "folder", *TO_DOG), "image folder cannot be read"),
+        (("edit", "folder", *TO_DOG), "folder folder has no images"),
+        (("edit", ".", *TO_DOG), "the edits would be among the images in ."),
+        (("edit", "cat.safetensors", "--original-size", *TO_DOG), "does not know the size of its image"),
         (("edit", "missing.safetensors", *TO_DOG), "inversion missing.safetensors does not exist"),
         (("edit", "text.safetensors", *TO_DOG), "inversion text.safetensors cannot be read"),
         (("edit", "foreign.safetensors", *TO_DOG), "no inversion that p2pz saved"),
@@ -370,13 +414,17 @@ def test_what_needs_no_model_is_one_line_before_any_work(argv, message, p2pz_, n
         (("edit", "cat.png", "--direction", "foreign.safetensors"), "another text encoder"),
         (("edit", "inversion.safetensors", *TO_DOG), "made with another model"),
         ((*EDIT, "--model", "missing"), "model missing does not exist"),
-        ((*EDIT, "--model", "cat.png"), "model cat.png is a file"),
-        ((*EDIT, "--model", "folder"), "scheduler_config.json is missing"),
+        ((*EDIT, "--model", "cat.png"), "cat.png "),
+        ((*EDIT, "--model", "folder"), "is missing: a checkpoint folder in the diffusers layout has it"),
         ((*EDIT, "--device", "abacus"), "device must be cpu, cuda or cuda:N, not 'abacus'"),
         ((*EDIT, "--device", "cuda:99"), "there is no device cuda:99: PyTorch finds "),
         ((*SAMPLE, "--size", "64x66"), "multiples of 4, not (64, 66)"),
         ((*SAMPLE, "--size", "16x64"), "at least 32"),
         (("direction", "--from", "cat", "--to", "cat", "-o", "d.safetensors"), 'from "cat" to itself'),
+        ((*DIRECTION, *TO_DOG, "--language-model", "folder"), "language model folder cannot be loaded"),
+        ((*DIRECTION, "--source-embeddings", "a.pt", "--target-embeddings", "b.pt"), "embeddings a.pt do not exist"),
+        ((*EDIT, "--captioner", "missing"), "captioner missing does not exist"),
+        (("info", "missing"), "model missing does not exist"),
     ],
 )
 def test_what_only_the_model_shows_is_one_line_too(argv, message, p2pz_):
@@ -464,9 +512,10 @@ def test_warnings_are_one_line_with_the_image(p2pz_):
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     Image.fromarray(noise).save("noise.png")
     status, out, err = p2pz_("edit", "noise.png", *CAT_TO_DOG, "--prompt", "a cat " * 60)
-    assert status == 0 and len(out) == 1 and len(err) == 2
+    assert status == 0 and len(out) == 1 and len(err) == 3
     assert re.match(r"p2pz: warning: noise.png: the bundled model knows only .* at \d+\.\d dB", err[0])
     assert err[1].startswith("p2pz: warning: noise.png: only the first 75 tokens count of: a cat a cat")
+    assert re.match(r"p2pz: warning: noise.png: the inversion lost the image, .* at \d+\.\d dB only", err[2])
 
 
 @pytest.mark.parametrize("name", ["out.png", "out"])

@@ -1,11 +1,33 @@
-"""Directions from words, sentences and files; captions; sampling."""
+"""Directions from words, sentences, language models and files, their sums and their reports; captions; sampling."""
+
+import itertools
+import json
+import math
+import re
+import warnings
+from dataclasses import astuple, replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import p2pz
-from p2pz.directions import bank_sentences, is_medium, parse_direction, source_prompt, with_article
+from p2pz.directions import direction_report, parse_direction
 from p2pz.images import psnr
+from p2pz.sentences import (
+    FEWEST_WRITTEN,
+    MEDIUM_TEMPLATES,
+    SUBJECT_TEMPLATES,
+    bank_sentences,
+    fill,
+    is_medium,
+    is_plural,
+    source_prompt,
+    with_article,
+    write_sentences,
+)
 from p2pz.weights import MINI_FOLDER, mini_world
 from p2pz.weights.judge import load_judge
 
@@ -94,19 +116,376 @@ def test_words_that_are_no_direction(words):
         parse_direction(words)
 
 
-def test_bank_sentences_are_paired_and_have_articles():
-    cats, glasses = bank_sentences("cat", "cat with glasses")
+# --- the sentence bank ---
+
+
+def test_the_bundled_models_bank_is_paired_and_in_its_words():
+    cats, glasses = bank_sentences("cat", "cat with glasses", mini=True)
     assert len(cats) == len(glasses) == len(set(cats)) > 40
     assert [text.replace("a cat", "a cat with glasses") for text in cats] == glasses
-    sketches, pastels = bank_sentences("sketch", "oil pastel")
+    sketches, pastels = bank_sentences("sketch", "oil pastel", mini=True)
     assert all(text.startswith("a sketch of ") for text in sketches)
     assert all(text.startswith("an oil pastel of ") for text in pastels)
+    words = {word for text in (*cats, *glasses, *sketches, *pastels) for word in text.split()}
+    assert words <= set(mini_world.VOCABULARY)
 
 
-def test_words_and_articles():
-    assert [with_article(word) for word in ("cat", "orange cat", "the cat")] == ["a cat", "an orange cat", "the cat"]
+@pytest.mark.parametrize("pair", [("cat", "owl"), ("two cats", "glasses"), ("snow", "cat with glasses")])
+def test_the_bank_is_large_varied_and_paired(pair):
+    sides = bank_sentences(*pair)
+    assert all(len(side) == len(set(side)) >= 100 for side in sides)
+    for template, source, target in zip(SUBJECT_TEMPLATES, *sides, strict=True):
+        assert source == fill(template, pair[0]) and target == fill(template, pair[1])
+        assert pair[0] in source and pair[1] in target and not re.search(r"[{}]|  ", source + target)
+
+
+def test_the_bank_of_media_is_large_too():
+    sketches, pastels = bank_sentences("sketch", "oil pastel")
+    assert len(sketches) == len(set(sketches)) == len(MEDIUM_TEMPLATES) >= 100
+    assert sketches[0] == "a sketch of a cat" and pastels[0] == "an oil pastel of a cat"
+    assert [text.replace("a sketch", "an oil pastel") for text in sketches] == pastels
+    subjects = {re.sub(r".* (of|shows) |as an oil pastel", "", text) for text in pastels}
+    assert len(subjects) > 30
+
+
+def test_real_models_take_the_large_bank_and_the_bundled_one_its_own(model, tmp_path):
+    assert p2pz.direction("cat", "dog", model=model).sentences == (57, 57)
+    stranger = replace(model, folder=tmp_path)
+    assert p2pz.direction("cat", "dog", model=stranger).sentences == (len(SUBJECT_TEMPLATES),) * 2
+    assert p2pz.direction("sketch", "oil pastel", model=stranger).sentences == (len(MEDIUM_TEMPLATES),) * 2
+
+
+PHRASES = [
+    ("cat", "a cat", "one"),
+    ("orange cat", "an orange cat", "one"),
+    ("owl", "an owl", "one"),
+    ("cat with glasses", "a cat with glasses", "one"),
+    ("cat wearing sunglasses", "a cat wearing sunglasses", "one"),
+    ("the cat", "the cat", "one"),
+    ("an owl", "an owl", "one"),
+    ("one cat", "one cat", "one"),
+    ("every dog", "every dog", "one"),
+    ("pair of glasses", "a pair of glasses", "one"),
+    ("unicorn", "a unicorn", "one"),
+    ("umbrella", "an umbrella", "one"),
+    ("unhappy cat", "an unhappy cat", "one"),
+    ("hour", "an hour", "one"),
+    ("one-eyed cat", "a one-eyed cat", "one"),
+    ("European city", "a European city", "one"),
+    ("X-ray", "an X-ray", "one"),
+    ("bus", "a bus", "one"),
+    ("princess", "a princess", "one"),
+    ("canvas", "a canvas", "one"),
+    ("glass of water", "a glass of water", "one"),
+    ("snow", "snow", "one"),
+    ("fresh snow", "fresh snow", "one"),
+    ("oil pastel", "an oil pastel", "one"),
+    ("glasses", "glasses", "many"),
+    ("two cats", "two cats", "many"),
+    ("3 dogs", "3 dogs", "many"),
+    ("zebras", "zebras", "many"),
+    ("old people", "old people", "many"),
+    ("children with hats", "children with hats", "many"),
+    ("these cats", "these cats", "many"),
+]
+
+
+@pytest.mark.parametrize(("words", "phrase", "number"), PHRASES, ids=[words for words, *_ in PHRASES])
+def test_articles_and_plurals(words, phrase, number):
+    assert with_article(words) == phrase and is_plural(words) == (number == "many")
+    assert fill("here {is} {a}", words) == f"here {'are' if number == 'many' else 'is'} {phrase}"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("cat", "the cat stands"),
+        ("an owl", "the owl stands"),
+        ("the cat", "the cat stands"),
+        ("two cats", "the two cats stand"),
+        ("these cats", "these cats stand"),
+    ],
+)
+def test_definite_articles(words, sentence):
+    assert fill("{the} stand{s}", words) == sentence
+
+
+def test_media_and_prompts():
     assert is_medium("oil pastel") and is_medium("pencil sketch") and not is_medium("cat with glasses")
-    assert [source_prompt(word) for word in ("cat", "sketch", "")] == ["a photo of a cat", "a sketch", "a photo"]
+    assert [source_prompt(word) for word in ("cat", "sketch", "", "two cats", "glasses")] == [
+        "a photo of a cat",
+        "a sketch",
+        "a photo",
+        "a photo of two cats",
+        "a photo of glasses",
+    ]
+
+
+# --- sentences of a language model ---
+
+
+@pytest.fixture(scope="module", params=["gpt2", "t5"])
+def language_model(request, tmp_path_factory):
+    """A folder with a random model of a dozen words, dogs and no zebras among them."""
+    import transformers
+
+    words = "<pad> <end> <unk> a photo of cat dog on the beach in snow near red ball".split()  # noqa: SIM905
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "eos_token_id": 1, "vocab_size": len(words)}
+    if request.param == "gpt2":
+        config = transformers.GPT2Config(n_positions=128, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, **special)
+        writer = transformers.GPT2LMHeadModel(config)
+    else:
+        shape = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        config = transformers.T5Config(**shape, decoder_start_token_id=0, **special)
+        writer = transformers.T5ForConditionalGeneration(config)
+        writer.shared.weight.data *= 0.05  # or it would repeat itself
+    folder = tmp_path_factory.mktemp(request.param)
+    writer.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_language_model_writes_about_the_concept_repeatably(language_model):
+    state = torch.random.get_rng_state()
+    cats = write_sentences("a cat", language_model, count=30, seed=3)
+    assert FEWEST_WRITTEN <= len(cats) == len(set(cats)) <= 30 and all("cat" in text.split() for text in cats)
+    assert write_sentences("cat", language_model, count=30, seed=3) == cats
+    assert write_sentences("cat", language_model, count=30, seed=4) != cats
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_language_model_that_does_not_name_the_concept(language_model, model):
+    with pytest.raises(ValueError, match=r'named "zebra" in only 0 of 400 texts'):
+        p2pz.direction("cat", "zebra", language_model=language_model, model=model)
+
+
+@pytest.mark.filterwarnings("ignore:this direction is hardly longer")
+def test_direction_from_a_writer(model):
+    def writer(request, count, seed):
+        noun = "cat" if " cat." in request else "dog"
+        return [f"a photo of a {noun} {place}" for place in ("", *mini_world.PLACE_PHRASES.values())] * 2 + [
+            f"a sketch of a {noun} {place} near a tree" for place in mini_world.PLACE_PHRASES.values()
+        ]
+
+    made = p2pz.direction("cat", "dog", language_model=writer, seed=5, model=model)
+    sides = [write_sentences(word, writer, seed=5) for word in ("cat", "dog")]
+    expected = p2pz.direction(sentences=sides, model=model)
+    assert torch.equal(made.states, expected.states) and made.sentences_hash == expected.sentences_hash != ""
+    assert made.words == "cat -> dog" and made.sentences == (13, 13) and made.report.word_swap > 0.9
+
+
+def test_what_is_kept_of_what_a_language_model_writes():
+    asked = []
+
+    def writer(request, count, seed):
+        asked.append((request, count, seed))
+        number = 10 * seed
+        return [
+            f'Here is a caption for a cat:\n\n1. "A cat on a sofa number {number}."\n2. A cat again.',
+            f"- a black Cat, number {number}",
+            "- a black Cat",
+            f"two cats number {number}",
+            f"a catalogue of dogs, number {number}",
+            "",
+        ]
+
+    kept = write_sentences("the cat", writer, count=11, seed=1)
+    assert [seed for *_, seed in asked] == [1, 2, 3, 4] and asked[0][1] == 11 and " the cat." in asked[0][0]
+    assert kept[:4] == ["A cat on a sofa number 10.", "a black Cat, number 10", "a black Cat", "two cats number 10"]
+    assert len(kept) == 11 == len(set(kept)) and not any("catalogue" in text for text in kept)
+
+
+@pytest.mark.parametrize("name", ["missing", "."])
+def test_folders_that_are_no_language_model(name, tmp_path):
+    with pytest.raises(ValueError, match=r"language model .* (does not exist|cannot be loaded)"):
+        write_sentences("cat", tmp_path / name)
+
+
+# --- embeddings ---
+
+
+def test_direction_from_published_embeddings(model, tmp_path):
+    states = model.encode_text(["a photo of a cat", "a cat in the snow", "a sketch of a cat"])
+    torch.save(states.half(), tmp_path / "cat.pt")
+    torch.save(model.encode_text(["a photo of a dog"]), tmp_path / "dog.pt")
+    made = p2pz.direction(embeddings=(tmp_path / "cat.pt", str(tmp_path / "dog.pt")), model=model)
+    expected = model.encode_text(["a photo of a dog"])[0] - states.half().float().mean(0)
+    assert torch.equal(made.states, expected) and made.sentences == (3, 1) and made.states.dtype == torch.float32
+    assert (made.source, made.target, made.sentences_hash) == ("", "", "") and made.report.noise > 0
+    mean = states.mean(0, keepdim=True)
+    torch.save(mean, tmp_path / "mean.pt")
+    named = p2pz.direction("cat", "dog", embeddings=(tmp_path / "mean.pt", tmp_path / "dog.pt"), model=model)
+    assert named.words == "cat -> dog" and named.report.noise is None and named.report.lowest_stability is None
+
+
+class Payload:
+    """What a pickle must not be able to bring along."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.zeros(2, 77, 1024), "77 tokens of width 1024, but this model's text encoder gives 77 of width 128"),
+        (torch.zeros(2, 64, 128), "64 tokens of width 128"),
+        (torch.zeros(77, 128), r"must be a tensor \[sentences, 77, 128\], but they are a tensor \[77, 128\]"),
+        (torch.zeros(0, 77, 128), r"a tensor \[0, 77, 128\]"),
+        (torch.zeros(1, 77, 128, dtype=torch.int64), "must be a tensor"),
+        ({"cat": torch.zeros(1, 77, 128)}, "they are a dict"),
+        (torch.full((1, 77, 128), math.nan), "not finite"),
+        (Payload(), "cannot be read"),
+        (b"hello", "cannot be read"),
+        (b"", "cannot be read"),
+        (None, "do not exist"),
+    ],
+    ids=range(11),
+)
+def test_embeddings_that_do_not_fit(content, message, model, tmp_path):
+    path = tmp_path / "cat.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=message) as caught:
+        p2pz.direction(embeddings=(path, path), model=model)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_one_kind_of_origin(model):
+    with pytest.raises(ValueError, match="not several of them"):
+        p2pz.direction(sentences=(["a"], ["b"]), embeddings=("a.pt", "b.pt"), model=model)
+
+
+# --- the report ---
+
+
+def test_report_by_brute_force():
+    """Each sentence left out, and every way to halve the source's sentences, by hand."""
+    source, target = torch.randn(6, 3, 4), torch.randn(5, 3, 4) + 0.5
+    swap = torch.randn(3, 4)
+    report = direction_report(source, target, swap)
+    made = target.mean(0) - source.mean(0)
+
+    def cosine(a, b):
+        return float((a * b).sum() / a.norm() / b.norm())
+
+    without = [target.mean(0) - torch.cat([source[:i], source[i + 1 :]]).mean(0) for i in range(6)]
+    without += [torch.cat([target[:i], target[i + 1 :]]).mean(0) - source.mean(0) for i in range(5)]
+    cosines = [cosine(each, made) for each in without]
+    halves = [
+        source[list(half)].mean(0) - source[[i for i in range(6) if i not in half]].mean(0)
+        for half in itertools.combinations(range(6), 3)
+    ]
+    noise = math.sqrt(sum(float(half.square().sum()) for half in halves) / len(halves))
+    expected = float(made.norm()), noise, min(cosines), sum(cosines) / 11, cosine(made, swap)
+    assert astuple(report) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_direction_within_the_noise_warns(model):
+    mixed = ["a photo of a cat", "a sketch of a dog at night", "an oil pastel of a zebra", "a horse in the city"]
+    with pytest.warns(UserWarning, match="hardly longer .* than what halves of its source sentences differ by"):
+        made = p2pz.direction(sentences=(mixed, [f"{text} near a tree" for text in mixed]), model=model)
+    assert made.report.within_noise and made.report.word_swap is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clear = p2pz.direction("cat", "dog", model=model)
+    assert not clear.report.within_noise and clear.report.lowest_stability > 0.99 and clear.report.word_swap > 0.9
+    assert str(clear.report).startswith(f"norm {float(clear.states.norm()):.1f}; ")
+
+
+def test_one_sentence_on_each_side_has_no_noise_and_no_stability(model):
+    report = p2pz.direction("cat", "dog", sentences=(["a photo of a cat"], ["a photo of a dog"]), model=model).report
+    assert (report.noise, report.lowest_stability, report.mean_stability) == (None, None, None)
+    assert report.word_swap == pytest.approx(1) and not report.within_noise
+
+
+# --- the card ---
+
+
+def test_the_card_tells_where_a_direction_comes_from(model, tmp_path):
+    made = p2pz.direction("cat", "dog", model=model)
+    made.save(tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        card = file.metadata()
+    assert card["words"] == "cat -> dog" and card["version"] == p2pz.__version__ and card["sentences"] == "57 57"
+    assert card["text_fingerprint"] == model.text_fingerprint and len(card["sentences_hash"]) == 16
+    assert json.loads(card["report"])["norm"] == pytest.approx(float(made.states.norm()))
+    loaded = p2pz.Direction.load(tmp_path / "a.safetensors")
+    assert torch.equal(loaded.states, made.states)
+    assert replace(loaded, states=None) == replace(made, states=None)
+    other = p2pz.direction(sentences=(["a cat"], ["a dog"]), model=model)
+    again = p2pz.direction(sentences=(["a cat", " "], ["a dog"]), model=model)
+    assert card["sentences_hash"] != other.sentences_hash == again.sentences_hash
+    assert other.sentences_hash != p2pz.direction(sentences=(["a dog"], ["a cat"]), model=model).sentences_hash
+
+
+def test_files_of_older_versions_load(model, tmp_path):
+    metadata = {"format": "p2pz direction", "source": "cat", "target": "dog", "sentences": "57 56"}
+    metadata["text_fingerprint"] = model.text_fingerprint
+    save_file({"states": torch.ones(77, 128)}, tmp_path / "old.safetensors", metadata=metadata)
+    old = p2pz.Direction.load(tmp_path / "old.safetensors")
+    assert (old.words, old.sentences, old.report, old.version) == ("cat -> dog", (57, 56), None, "")
+    old.check_fits(model)
+    with pytest.raises(ValueError, match="made with another text encoder"):
+        old.check_fits(replace(model, text_fingerprint="another"))
+
+
+# --- sums ---
+
+
+@pytest.fixture(scope="module")
+def directions(model):
+    return [p2pz.direction(*words, model=model) for words in (("cat", "dog"), ("cat", "cat with glasses"))]
+
+
+def test_sums_of_directions(directions, tmp_path):
+    dog, glasses = directions
+    total = 0.7 * dog + glasses
+    assert torch.allclose(total.states, 0.7 * dog.states + glasses.states)
+    assert total.words == "0.7 * (cat -> dog) + (cat -> cat with glasses)"
+    assert (total.source, total.target, total.sentences, total.report) == ("cat", "", (114, 114), None)
+    assert total.sentences_hash == f"{dog.sentences_hash} {glasses.sentences_hash}"
+    total.save(tmp_path / "sum.safetensors")
+    loaded = p2pz.Direction.load(tmp_path / "sum.safetensors")
+    assert loaded.words == total.words and torch.equal(loaded.states, total.states)
+    again = 2 * loaded - dog
+    assert again.words == "1.4 * (cat -> dog) + 2 * (cat -> cat with glasses) - (cat -> dog)"
+    assert torch.allclose(again.states, 0.4 * dog.states + 2 * glasses.states, atol=1e-4)
+
+
+def test_multiples_keep_their_words_and_negatives_swap_them(directions):
+    dog, _ = directions
+    half, back = dog * 0.5, -dog
+    assert torch.equal(half.states, 0.5 * dog.states) and torch.equal(back.states, -dog.states)
+    assert (half.source, half.target, half.words) == ("cat", "dog", "0.5 * (cat -> dog)")
+    assert (back.source, back.target, back.words) == ("dog", "cat", "-(cat -> dog)")
+    assert (dog - dog).states.norm() == 0 and (dog - dog).words == "(cat -> dog) - (cat -> dog)"
+    assert (dog + 2 * dog).target == "dog" and (-(0.5 * dog)).words == "-0.5 * (cat -> dog)"
+
+
+def test_a_wordless_direction_takes_the_others_source(directions, model):
+    wordless = p2pz.direction(sentences=(["a cat"], ["a dog"]), model=model)
+    assert (wordless + directions[0]).source == "cat"
+    assert (wordless + directions[0]).words == "(sentences) + (cat -> dog)"
+
+
+def test_directions_that_cannot_be_added(directions, model):
+    dog = directions[0]
+    with pytest.raises(ValueError, match="different text encoders"):
+        dog + replace(dog, text_fingerprint="another")
+    for factor in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite number"):
+            factor * dog
+    for wrong in (lambda: dog + 1, lambda: dog * dog, lambda: "2" * dog, lambda: dog - "cat->dog"):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+# --- captions and samples ---
 
 
 def test_captions_of_held_out_scenes(model):

@@ -2,6 +2,8 @@
 
 import os
 import stat
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from p2pz.images import (
     read_image,
     same_size_groups,
     save_image,
+    to_original_size,
     to_pictures,
     to_tensor,
     working_size,
@@ -56,6 +59,72 @@ def test_sixteen_bit_grey_keeps_its_brightness(tmp_path):
     Image.fromarray(levels).save(tmp_path / "a.png")
     read = np.asarray(read_image(tmp_path / "a.png"))
     assert np.abs(read - (levels / 65535 * 255)[..., None]).max() <= 0.51
+
+
+def png_of_16_bits(levels, kind):
+    """A PNG file of `[H, W, channels]` 16-bit levels, which PIL cannot write; `kind` is the format's colour type."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], 16, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff_of_16_bits(levels):
+    """A TIFF file of `[H, W, 3]` 16-bit levels."""
+    height, width, _ = levels.shape
+    data, count = levels.astype("<u2").tobytes(), 9
+    behind = 8 + 2 + 12 * count + 4
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, behind), (259, 3, 1, 1), (262, 3, 1, 2)]
+    tags += [(273, 4, 1, behind + 6), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data))]
+    table = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<IH", 8, count) + table + struct.pack("<IHHH", 0, 16, 16, 16) + data
+
+
+@pytest.mark.parametrize("form", ["png", "png with alpha", "tiff", "array"])
+def test_sixteen_bit_colours_keep_their_brightness(form, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 65536, (20, 24, 3), dtype=np.uint16)
+    image = tmp_path / "a.image"
+    if form == "png":
+        image.write_bytes(png_of_16_bits(levels, 2))
+    elif form == "png with alpha":
+        image.write_bytes(png_of_16_bits(np.dstack([levels, np.full((20, 24), 65535, np.uint16)]), 6))
+    elif form == "tiff":
+        image.write_bytes(tiff_of_16_bits(levels))
+    else:
+        image = levels
+    read = np.asarray(read_image(image))
+    error = np.abs(read - levels / 65535 * 255).max()
+    assert read.shape == (20, 24, 3) and error <= (0.51 if form == "array" else 1)  # PIL cuts the low byte off
+
+
+def test_floating_point_tiff(tmp_path):
+    levels = np.random.default_rng(0).random((20, 24), dtype=np.float32)
+    Image.fromarray(levels).save(tmp_path / "a.tiff")
+    assert np.abs(np.asarray(read_image(tmp_path / "a.tiff")) - 255 * levels[..., None]).max() <= 0.51
+    Image.fromarray(levels * 255).save(tmp_path / "b.tiff")
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        read_image(tmp_path / "b.tiff")
+
+
+@pytest.mark.parametrize("ending", ["jpg", "tiff"])
+def test_cmyk(ending, pixels, tmp_path):
+    smooth = np.asarray(Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC))
+    Image.fromarray(smooth).convert("CMYK").save(tmp_path / f"a.{ending}", quality=100)
+    read = np.asarray(read_image(tmp_path / f"a.{ending}")).astype(int)
+    assert np.abs(read - smooth).mean() <= (3 if ending == "jpg" else 1)
+
+
+def test_bilevel_and_palette(tmp_path, pixels):
+    black = pixels[..., 0] > 128
+    Image.fromarray(black).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png"), 255 * black[..., None].repeat(3, axis=2).astype(np.uint8))
+    few = Image.fromarray(pixels // 128 * 255).convert("P", palette=Image.Palette.ADAPTIVE)
+    few.save(tmp_path / "b.gif")
+    assert np.array_equal(read_image(tmp_path / "b.gif"), few.convert("RGB"))
 
 
 def test_transparency_becomes_white(pixels):
@@ -143,6 +212,28 @@ def test_working_size(native, multiple):
         scale = native / (size[0] * size[1]) ** 0.5
         assert abs(width - size[0] * scale) <= multiple / 2 and abs(height - size[1] * scale) <= multiple / 2
         assert min(worked) >= multiple
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 97), (333, 511), (512, 512), (1023, 769), (1536, 1024), (1536, 1536)])
+@pytest.mark.parametrize("native", [64, 128, 512, 768, 1536])
+def test_sizes_from_64_to_1536(size, native):
+    """Aspect ratio and number of pixels, as near as multiples of 8 allow, and back to the image's own size."""
+    picture = read_image(np.zeros((size[1], size[0], 3), np.uint8))
+    width, height = working_size(picture.size, native, 8)
+    assert width % 8 == height % 8 == 0 and abs(width * height / native**2 - 1) <= 8 / min(width, height) + 0.01
+    assert abs(width / height / (size[0] / size[1]) - 1) <= 8 / min(width, height)
+    assert to_original_size(Image.new("RGB", (width, height)), picture).size == size
+
+
+def test_to_original_size_is_upright_and_leaves_equal_sizes_alone(pixels, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)  # 24 x 20, lying on its side
+    result = Image.fromarray(pixels).resize((16, 24))
+    assert to_original_size(result, tmp_path / "a.png").size == (20, 24)
+    assert to_original_size(result, np.zeros((24, 16, 3), np.uint8)) is result
+    grey = Image.new("RGB", (32, 32), (90, 90, 90))
+    assert np.all(np.asarray(to_original_size(grey, np.zeros((77, 50, 3), np.uint8))) == 90)
 
 
 @pytest.mark.parametrize(
