@@ -6,6 +6,7 @@ from p2pz.editing import EditResult, edit
 from p2pz.inversion import Inversion, invert
 from p2pz.methods import ddim_edit, prompt_to_prompt, sdedit
 from p2pz.model import Model, load
+from p2pz.recording import record
 from p2pz.sampling import sample
 from p2pz.weights import CheckpointError
 
@@ -22,6 +23,7 @@ __all__ = [
     "invert",
     "load",
     "prompt_to_prompt",
+    "record",
     "sample",
     "sdedit",
 ]

@@ -4,24 +4,34 @@ Whoever wants to look at attention, or change it, passes another function of tha
 is registered: a recorder or a guide is a closure that owns what it collects.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from p2pz.kernels import attention, attention_with_maps, guided_attention
 
+KINDS = ("self", "cross")
+BRANCHES = ("edit", "reference", "sample", "inversion")
+HALVES = ("conditional", "negative")
+
 
 @dataclass(frozen=True)
 class Site:
-    """Where in the UNet an attention call happens.
+    """Where in the UNet, and when in a run, an attention call happens.
 
     Attributes:
         path: the layer's name in the checkpoint, e.g. `mid_block.attentions.0.transformer_blocks.0.attn2`.
         kind: `"self"` or `"cross"`.
         height, width: size of the feature map whose `height * width` positions are the queries, row by row.
         heads: number of attention heads.
+        branch: what the images of the call are being made into: `"edit"`, `"reference"`, `"sample"` or `"inversion"`;
+            empty in a forward pass outside these.
+        half: `"negative"` or `"conditional"` half of classifier-free guidance.
+        step, timestep: number of the step in its run, from 0, and what the UNet is told.
+        guiding: the pass serves the gradient of the map guidance; the one that makes the step follows.
     """
 
     path: str
@@ -29,6 +39,11 @@ class Site:
     height: int
     width: int
     heads: int
+    branch: str = ""
+    half: str = "conditional"
+    step: int = 0
+    timestep: int = 0
+    guiding: bool = False
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]
@@ -38,6 +53,70 @@ Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]
 def attend(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
     """The default: plain attention, no maps kept."""
     return attention(q, k, v)
+
+
+plain = attend
+"""The default under a name that an argument called `attend` does not hide."""
+
+
+class Part(NamedTuple):
+    """Neighbouring rows of a batch that are of one kind.
+
+    Attributes:
+        rows: how many.
+        branch, half: see `Site`.
+        ahead: steps by which they are ahead of the batch's step.
+    """
+
+    rows: int
+    branch: str
+    half: str
+    ahead: int = 0
+
+
+def attend_by_parts(
+    attend: Attend, parts: Sequence[Part], index: Tensor, timesteps: Sequence[int], guiding: bool = False
+) -> Attend:
+    """An `attend` that shows somebody's function each kind of rows alone, and tells it what they are.
+
+    Args:
+        attend: the function; what it returns is checked. The default is given back as it is.
+        parts: of the batch, in order.
+        index: number of the step, `[1]`.
+        timesteps: of all steps. Rows that are ahead of the last one get plain attention.
+        guiding: see `Site`.
+
+    Returns:
+        A function for the `attend` argument of the UNet. It raises ValueError, naming the site, for an output that is
+        no tensor of the right shape, dtype and device.
+    """
+    if attend is plain:
+        return plain
+    step, rows = int(index), [part.rows for part in parts]
+
+    def attend_to_each(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        outs = []
+        for part, *states in zip(parts, *(x.split(rows) for x in (q, k, v)), strict=True):
+            now = step + part.ahead
+            if now >= len(timesteps):
+                outs.append(attention(*states))
+                continue
+            when = {"step": now, "timestep": int(timesteps[now]), "guiding": guiding}
+            told = replace(site, branch=part.branch, half=part.half, **when)
+            out = attend(*states, told)
+            _check_out(out, states[0], states[2], told)
+            outs.append(out)
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+    return attend_to_each
+
+
+def _check_out(out: Tensor, q: Tensor, v: Tensor, site: Site) -> None:
+    wanted = f"{v.dtype} {[*q.shape[:3], v.shape[3]]} on {v.device}"
+    found = f"{out.dtype} {list(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+    if found != wanted:
+        when = f"step {site.step}, {site.branch} {site.half}"
+        raise ValueError(f"attend must return {wanted}, not {found}: at {site.path} ({when})")
 
 
 def record_cross_attention(maps: dict[str, Tensor]) -> Attend:
@@ -63,11 +142,12 @@ QueriesAndKeys = dict[str, tuple[Tensor, Tensor]]
 """`site.path -> (q [B, N, H, D], k [B, M, H, D])` of the cross-attention layers: their maps, not yet computed."""
 
 
-def keep_queries_and_keys(kept: QueriesAndKeys) -> Attend:
+def keep_queries_and_keys(kept: QueriesAndKeys, attend: Attend = attend) -> Attend:
     """An `attend` that keeps what the maps of every cross-attention layer are made of; far smaller than the maps.
 
     Args:
         kept: receives q and k by path, overwritten by each forward pass.
+        attend: gives the output.
 
     Returns:
         A function for the `attend` argument of the UNet.
@@ -76,12 +156,14 @@ def keep_queries_and_keys(kept: QueriesAndKeys) -> Attend:
     def attend_and_keep(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         if site.kind == "cross":
             kept[site.path] = q, k
-        return attention(q, k, v)
+        return attend(q, k, v, site)
 
     return attend_and_keep
 
 
-def guide_cross_attention(reference: QueriesAndKeys, losses: list[Tensor]) -> Attend:
+def guide_cross_attention(
+    reference: QueriesAndKeys, losses: list[Tensor], attend: Attend = attend, token_weights: Tensor | None = None
+) -> Attend:
     """An `attend` that measures how far the cross-attention maps are from reference maps.
 
     Each cross-attention layer appends one tensor `[B]`: the squared difference of the maps, summed over positions and
@@ -90,6 +172,8 @@ def guide_cross_attention(reference: QueriesAndKeys, losses: list[Tensor]) -> At
     Args:
         reference: queries and keys of the reference pass at the same timestep, see `keep_queries_and_keys`.
         losses: receives the per-layer losses, differentiable with respect to `q`.
+        attend: gives the output; plain attention on a GPU is computed together with the loss.
+        token_weights: factor of each token's squared differences, `[M]` or `[B, M]`; None: 1.
 
     Returns:
         A function for the `attend` argument of the UNet.
@@ -99,9 +183,12 @@ def guide_cross_attention(reference: QueriesAndKeys, losses: list[Tensor]) -> At
 
     def attend_and_guide(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         if site.kind == "self":
-            return attention(q, k, v)
-        out, loss = guided_attention(q, k, v, *reference[site.path])
+            return attend(q, k, v, site)
+        weights = {} if token_weights is None else {"weights": token_weights}
+        out, loss = guided_attention(q, k, v, *reference[site.path], **weights)
         losses.append(loss)
-        return out
+        # On the CPU the output that comes with the loss differs from the default's by rounding: an `attend` that gives
+        # the default would change the result.
+        return out if attend is plain and q.is_cuda else attend(q, k, v, site)
 
     return attend_and_guide

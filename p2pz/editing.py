@@ -5,24 +5,38 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from p2pz.attention import QueriesAndKeys, Site, guide_cross_attention, keep_queries_and_keys
+from p2pz.attention import (
+    Attend,
+    Part,
+    QueriesAndKeys,
+    Site,
+    attend_by_parts,
+    guide_cross_attention,
+    keep_queries_and_keys,
+    plain,
+)
 from p2pz.captions import captions_for
+from p2pz.checks import check_finite, edit_warnings
 from p2pz.directions import Direction, direction, is_medium, parse_direction, source_prompt
-from p2pz.engine import Tensors, explain_out_of_memory, row
+from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
 from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
 from p2pz.memory import plan_for
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
+from p2pz.recording import Recorder, attend_in_step
 from p2pz.schedule import ddim_step, denoising_schedule
+from p2pz.tokens import weigh_tokens
 from p2pz.unet import Conditioning
 
 
@@ -37,6 +51,7 @@ class EditResult:
         prompt: the caption that was used.
         reconstruction_psnr: of the reconstruction against the image as the model works on it, in dB; None if the edit
             started from an inversion.
+        warnings: what is doubtful about it, a line each: nothing changed, or the inversion lost the image.
     """
 
     image: Image.Image
@@ -44,6 +59,7 @@ class EditResult:
     inversion: Inversion
     prompt: str
     reconstruction_psnr: float | None
+    warnings: tuple[str, ...] = ()
 
 
 def guided(noise: Tensor, guidance: Tensor | float, pairs: bool) -> Tensor:
@@ -69,7 +85,15 @@ class _LastMapSeen(Exception):
     """Ends a forward pass that only its cross-attention maps are wanted of."""
 
 
-def map_gradient(model: Model, latents: Tensor, conditioning: Conditioning, reference: QueriesAndKeys) -> Tensor:
+def map_gradient(
+    model: Model,
+    latents: Tensor,
+    conditioning: Conditioning,
+    reference: QueriesAndKeys,
+    attend: Attend = plain,
+    resolution_weights: Sequence[float] = (),
+    token_weights: Tensor | None = None,
+) -> Tensor:
     """Gradient, with respect to the latents, of the distance between their cross-attention maps and reference maps.
 
     Each latent has a loss of its own: squared differences summed over layers, positions and tokens, and averaged over
@@ -80,6 +104,9 @@ def map_gradient(model: Model, latents: Tensor, conditioning: Conditioning, refe
         latents: `[B, 4, h, w]`.
         conditioning: timestep and texts, as in `Model.predict`.
         reference: what the reference maps are made of, see `keep_queries_and_keys`.
+        attend: what happens in every attention layer.
+        resolution_weights: factors of the loss, see `p2pz.presets.Settings`.
+        token_weights: factors of the tokens, `[M]` or `[B, M]`; None: 1.
 
     Returns:
         `[B, 4, h, w]`.
@@ -87,7 +114,7 @@ def map_gradient(model: Model, latents: Tensor, conditioning: Conditioning, refe
     Source: Parmar et al. (2023), equation 6.
     """
     losses: list[Tensor] = []
-    guide = guide_cross_attention(reference, losses)
+    guide = guide_cross_attention(reference, losses, attend, token_weights)
     *_, last = reference
 
     def guide_to_the_last(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -101,6 +128,10 @@ def map_gradient(model: Model, latents: Tensor, conditioning: Conditioning, refe
         latents = latents.detach().requires_grad_()
         with contextlib.suppress(_LastMapSeen):
             model.predict(latents, conditioning, guide_to_the_last, model.checkpoint)
+        if resolution_weights:
+            last_level = len(resolution_weights) - 1
+            levels = [min(model.unet.level_of(path), last_level) for path in reference]
+            losses = [loss * resolution_weights[level] for loss, level in zip(losses, levels, strict=True)]
         return torch.autograd.grad(torch.stack(losses).sum(), latents)[0]
 
 
@@ -117,6 +148,57 @@ def _spread(states: Tensor, images: int, copies: int, halves: int) -> Tensor:
     return states.expand(halves, copies, images, *states.shape[3:]).flatten(0, 2)
 
 
+MASK_SHARES = (0.2, 0.35, 0.5, 0.65)
+"""Of the steps, where the change of the predicted noise is looked at."""
+
+
+@torch.no_grad()
+def mask_of_change(model: Model, path: Tensor, caption: Tensor, edited: Tensor, threshold: float) -> Tensor:
+    """Where a direction changes the predicted noise of an image's own latents.
+
+    Args:
+        model: the model.
+        path: latents of the inversion, `[steps + 1, B, 4, h, w]`.
+        caption: text states, `[B, 77, d]`.
+        edited: caption plus direction, `[K * B, 77, d]`.
+        threshold: share of the largest change.
+
+    Returns:
+        `[K * B, 1, h, w]`, 1 where it acts, 0 elsewhere.
+
+    Source: after Couairon et al., "DiffEdit: Diffusion-based Semantic Image Editing with Mask Guidance" (2023),
+    section 3.2, step 1.
+    """
+    steps, images = len(path) - 1, len(caption)
+    copies = len(edited) // images
+    schedule = denoising_schedule(steps)
+    change = torch.zeros(len(edited), 1, *path.shape[3:], device=model.device)
+    shifts, keys_values = model.condition(schedule.timesteps, torch.cat([caption, edited]))
+
+    def predict(latents: Tensor, shifts: Tensor, keys_values: Tensor) -> Tensors:
+        return [model.predict(latents.repeat(1 + copies, 1, 1, 1), Conditioning(shifts, keys_values))]
+
+    for share in MASK_SHARES:
+        index = round(share * (steps - 1))
+        latents = path[steps - index].to(model.device)
+        (noise,) = model.graphs.call(("mask", id(model.unet)), predict, [latents, shifts[index], keys_values])
+        own, others = noise[:images], noise[images:]
+        change += (others - own.repeat(copies, 1, 1, 1)).square().mean(1, keepdim=True)
+    change = F.avg_pool2d(F.pad(change, (1, 1, 1, 1), mode="replicate"), 3, 1).sqrt()
+    largest = change.flatten(1).max(1).values.clamp(min=1e-12)
+    mask = (change > threshold * largest[:, None, None, None]).float()
+    return F.max_pool2d(mask, 3, 1, 1)
+
+
+def parts_of_edit(images: int, edits: int, pairs: bool, reference_pairs: bool, ahead: int = 1) -> list[Part]:
+    """The rows of a step of the edit: first those of the edits, last those of the reference, which is a step ahead."""
+    halves = ("negative", "conditional")
+    return [
+        *(Part(edits, "edit", half) for half in halves[1 - pairs :]),
+        *(Part(images, "reference", half, ahead) for half in halves[1 - reference_pairs :]),
+    ]
+
+
 @torch.no_grad()
 def edit_latents(
     model: Model,
@@ -126,6 +208,10 @@ def edit_latents(
     edited: Tensor,
     settings: Settings,
     progress: bool | None = None,
+    path: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    attend: Attend = plain,
+    recorder: Recorder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Denoise with the caption and with edited captions, in lockstep.
 
@@ -142,6 +228,11 @@ def edit_latents(
         edited: caption plus direction, `[K * B, 77, d]`: all images with the first direction, then with the next.
         settings: steps, guidance, map guidance.
         progress: show a bar; None: on a terminal only.
+        path: for the reference `"path"`, the latents of the inversion, `[steps + 1, B, 4, h, w]`.
+        token_weights: factors of each caption's tokens in the map loss, `[B, 77]`; None: 1.
+        attend: what happens in every attention layer of both passes, see `p2pz.attention`; any but the default runs
+            unrecorded. A step of the reference comes before the same step of the edits.
+        recorder: keeps cross-attention maps, see `p2pz.recording`.
 
     Returns:
         Latents of the edits, `[K * B, 4, h, w]`, and of the reference, `[B, 4, h, w]`.
@@ -150,54 +241,83 @@ def edit_latents(
     """
     images, edits = len(noise), len(edited)
     copies = edits // images
-    pairs, guides = settings.guidance != 1, settings.xa_guidance != 0
+    pairs, steps = settings.guidance != 1, settings.steps
     negative_states = caption if negative is None else negative
     edit_texts = torch.cat([negative_states.repeat(copies, 1, 1), edited]) if pairs else edited
     reference_pairs = pairs and negative is not None
     reference_texts = torch.cat([negative_states, caption]) if reference_pairs else caption
 
-    schedule = denoising_schedule(settings.steps)
+    schedule = denoising_schedule(steps)
     shifts, keys_values = model.condition(schedule.timesteps, torch.cat([edit_texts, reference_texts]))
     edit_rows, reference_rows = len(edit_texts), len(reference_texts)
     # One row more for the reference, which is a step ahead: after the last step it stands still.
     shifts = torch.cat([shifts, shifts[-1:]])
     alphas = torch.cat([schedule.alphas, schedule.alphas[-1:, 1:].expand(1, 2)])
     scales = torch.tensor([settings.guidance, settings.xa_guidance])
-    constants = [tensor.to(model.device) for tensor in (shifts, keys_values, alphas, scales)]
+    begin, end = (round(share * steps) for share in settings.guided_steps)
+    if settings.xa_guidance == 0:
+        end = begin
+    layers = len(model.unet.cross_attention_paths) if begin < end else 0  # whose queries the reference leaves
+    followed = followed_rows(settings)
+
+    tables = [shifts, keys_values, alphas, scales]
+    on_path = settings.reference == "path"
+    if on_path:
+        tables += [torch.cat([path[:-1].flip(0), path[:1]])]  # where the reference is after each step
+    if token_weights is not None:
+        tables += [token_weights.repeat(followed * copies, 1)]
+    constants = [tensor.to(model.device) for tensor in tables]
+    parts = parts_of_edit(images, edits, pairs, reference_pairs)
+    guided_parts = [part for part in parts if part.branch == "edit"][-followed:]
+    first_parts = [part._replace(ahead=0) for part in parts if part.branch == "reference"]
 
     def halves(latents: Tensor, pairs: bool = pairs) -> Tensor:
         return torch.cat([latents, latents]) if pairs else latents
 
+    def unpack(constants: Tensors) -> tuple[Tensor | None, Tensor | None]:
+        """The optional tables: the path, the tokens' weights."""
+        rest = iter(constants[4:])
+        return tuple(next(rest) if here else None for here in (on_path, token_weights is not None))
+
     def reference_queries(kept: QueriesAndKeys) -> list[Tensor]:
         """Those of the reference's rows, the last ones, layer by layer; its keys do not change."""
-        return [queries[-reference_rows:] for queries, _ in kept.values()] if guides else []
+        return [queries[-reference_rows:] for queries, _ in kept.values()] if layers else []
 
-    def step_reference(latents: Tensor, prediction: Tensor, alphas: Tensor, scales: Tensor) -> Tensor:
+    def step_reference(
+        latents: Tensor, prediction: Tensor, alphas: Tensor, scales: Tensor, path: Tensor | None, index: Tensor
+    ) -> Tensor:
+        if path is not None:
+            return row(path, index)
         noise = model.to_noise(prediction, halves(latents, reference_pairs), alphas[0])
         return ddim_step(latents, guided(noise, scales[0], reference_pairs), *alphas)
 
-    def first(noise: Tensor, shifts: Tensor, keys_values: Tensor, alphas: Tensor, scales: Tensor) -> Tensors:
+    def first(index: Tensor, noise: Tensor, *constants: Tensor) -> Tensors:
         """The reference's first step."""
+        shifts, keys_values, alphas, scales = constants[:4]
         kept: QueriesAndKeys = {}
+        maps: list[Tensor] = []
+        told = attend_in_step(attend, recorder, first_parts, index, schedule.timesteps, maps)
         conditioning = Conditioning(shifts[0], keys_values[edit_rows:])
-        prediction = model.predict(halves(noise, reference_pairs), conditioning, keep_queries_and_keys(kept))
-        return [step_reference(noise, prediction, alphas[0], scales), *reference_queries(kept)]
+        prediction = model.predict(halves(noise, reference_pairs), conditioning, keep_queries_and_keys(kept, told))
+        reference = step_reference(noise, prediction, alphas[0], scales, unpack(constants)[0], index)
+        return [reference, *reference_queries(kept), *maps]
 
-    def step(index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
-        (latents, reference, *queries), (shifts, keys_values, alphas, scales) = state, constants
+    def step(guiding: bool, index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
+        (latents, reference, *queries), (shifts, keys_values, alphas, scales) = state, constants[:4]
+        path_table, weights = unpack(constants)
         now, later = row(shifts, index), row(shifts, index + 1)
         alphas_now, alphas_later = row(alphas, index), row(alphas, index + 1)
 
         moved = halves(latents)
-        if guides:
-            followed = followed_rows(settings)
+        if guiding:
             start = latents if followed == 1 else moved
-            maps = {
+            references = {
                 path: (_spread(q, images, copies, followed), _spread(k, images, copies, followed))
-                for q, (path, k) in zip(queries, model.unet.keys(keys_values[edit_rows:]).items(), strict=True)
+                for q, (path, k) in zip(queries[:layers], model.unet.keys(keys_values[edit_rows:]).items(), strict=True)
             }
             conditioning = Conditioning(now, keys_values[edit_rows - len(start) : edit_rows])
-            gradient = map_gradient(model, start, conditioning, maps)
+            told = attend_by_parts(attend, guided_parts, index, schedule.timesteps, guiding=True)
+            gradient = map_gradient(model, start, conditioning, references, told, settings.resolution_weights, weights)
             if followed == 1:
                 moved = halves(latents - scales[1] * gradient)
             elif settings.gradient == "both":
@@ -207,20 +327,41 @@ def edit_latents(
         latents = moved[:edits]
 
         kept: QueriesAndKeys = {}
+        maps: list[Tensor] = []
         inputs = torch.cat([moved, halves(reference, reference_pairs)])
-        told = torch.cat([now.expand(edit_rows, -1), later.expand(reference_rows, -1)])
-        prediction = model.predict(inputs, Conditioning(told, keys_values), keep_queries_and_keys(kept))
+        conditions = torch.cat([now.expand(edit_rows, -1), later.expand(reference_rows, -1)])
+        told = attend_in_step(attend, recorder, parts, index, schedule.timesteps, maps)
+        prediction = model.predict(inputs, Conditioning(conditions, keys_values), keep_queries_and_keys(kept, told))
         noise = model.to_noise(prediction[:edit_rows], moved, alphas_now[0])
-        return [
-            ddim_step(latents, guided(noise, scales[0], pairs), *alphas_now),
-            step_reference(reference, prediction[edit_rows:], alphas_later, scales),
-            *reference_queries(kept),
-        ]
+        latents = ddim_step(latents, guided(noise, scales[0], pairs), *alphas_now)
+        reference = step_reference(reference, prediction[edit_rows:], alphas_later, scales, path_table, index + 1)
+        return [latents, reference, *reference_queries(kept), *maps]
 
-    kind = "edit", id(model.unet), pairs, reference_pairs, guides, settings.gradient, model.checkpoint
-    reference, *queries = model.graphs.call(("reference", *kind), first, [noise, *constants])
-    state = [noise.repeat(copies, 1, 1, 1), reference, *queries]
-    latents, reference, *_ = model.graphs.run(kind, step, state, constants, settings.steps, "editing", hide(progress))
+    kind = (
+        "edit", id(model.unet), pairs, reference_pairs, layers, settings.gradient, on_path,
+        token_weights is not None, settings.resolution_weights, model.checkpoint, recorder and recorder.key,
+    )  # fmt: skip
+    graphs = model.graphs if attend is plain else Graphs(record=False)
+    empty_maps, each = [], None
+    if recorder:
+        empty_maps = recorder.begin(model.unet, parts, noise, schedule.timesteps, caption.shape[1])
+
+        def each(i: int, state: Tensors) -> None:
+            recorder.take(i, parts, state[2 + layers :])
+
+    start = torch.zeros(1, dtype=torch.int64, device=model.device)
+    reference, *kept = graphs.call(("reference", *kind), first, [start, noise, *constants])
+    if recorder:
+        recorder.take(0, first_parts, kept[layers:])
+    state = [noise.repeat(copies, 1, 1, 1), reference, *kept[:layers], *empty_maps]
+    for first_step, last_step, guiding in ((0, begin, False), (begin, end, True), (end, steps, False)):
+        count = last_step - first_step
+        if count:
+            state = graphs.run(
+                (*kind, guiding), partial(step, guiding), state, constants, count, "editing", hide(progress), each,
+                first_step,
+            )  # fmt: skip
+    latents, reference, *_ = state
     return latents, reference
 
 
@@ -239,7 +380,11 @@ def edit(
     xa_guidance: float | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    size: int | None = None,
     progress: bool | None = None,
+    token_weights: Mapping[str, float] | None = None,
+    attend: Attend = plain,
+    record: Recorder | None = None,
     **settings: Any,
 ) -> EditResult | list[EditResult] | list[list[EditResult]]:
     """Change one concept in images and keep the rest (pix2pix-zero).
@@ -261,7 +406,11 @@ def edit(
             the preset's.
         seed: of all randomness; the same seed gives the same result, alone or in a batch.
         batch_size: edits of images of one size that are worked on at once; fewer if the model's memory budget says so.
+        size: images are worked on at about `size * size` pixels, 64 to 1536; None: `model.native_size`.
         progress: show bars; None: on a terminal only.
+        token_weights: words of the prompt -> factor of their maps in the map guidance's loss; 0 lets them go.
+        attend: what happens in every attention layer of reference and edit, see `p2pz.attention`.
+        record: keeps cross-attention maps, see `p2pz.record`.
         settings: further fields of `p2pz.presets.Settings`.
 
     Returns:
@@ -291,11 +440,13 @@ def edit(
     guided_rows = max((each.xa_guidance != 0) * followed_rows(each) for each in numbers)
 
     places = [i for i, item in enumerate(items) if not isinstance(item, Inversion)]
-    pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model), strict=True))
+    pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model, size), strict=True))
     sizes = [pictures[i].size[::-1] if i in pictures else image_size(item, model) for i, item in enumerate(items)]
     plans = {size: plan_for(model, size, batch_size, rows, guided_rows) for size in sizes}
     prompts = prompts_for(items, pictures, prompt, source_prompt(directions[0].source), model)
     results: list[list[EditResult | None]] = [[None] * len(directions) for _ in items]
+    if record:
+        record.clear()
     for group in same_size_groups(sizes):
         plan = plans[sizes[group[0]]]
         model, most = plan.apply(model), plan.images
@@ -311,12 +462,19 @@ def edit(
             for some in _alike(numbers, max(1, most // len(batch))):
                 edited, reconstructions = _edit_batch(
                     model, [inversions[i] for i in batch], [prompts[i] for i in batch], negative_prompt,
-                    [directions[j] for j in some], [numbers[j] for j in some], progress,
+                    [directions[j] for j in some], [numbers[j] for j in some], progress, token_weights, attend, record,
                 )  # fmt: skip
+                if record:
+                    places = [i * len(directions) + j for j, i in itertools.product(some, batch)]
+                    rows = [{"edit": k, "reference": k % len(batch)} for k in range(len(places))]
+                    record.finish(places, [prompts[i] for i in batch] * len(some), rows)
                 for k, (j, i) in enumerate(itertools.product(some, batch)):
                     reconstruction = reconstructions[k % len(batch)]
                     quality = psnr(reconstruction, pictures[i]) if i in pictures else None
-                    results[i][j] = EditResult(edited[k], reconstruction, inversions[i], prompts[i], quality)
+                    unchanged = inversions[i].picture if numbers[j].blend else reconstruction
+                    doubts = edit_warnings(edited[k], unchanged, quality)
+                    facts = inversions[i], prompts[i], quality, tuple(doubts)
+                    results[i][j] = EditResult(edited[k], reconstruction, *facts)
     chosen = [each[0] if single_direction else each for each in results]
     return chosen[0] if single else chosen
 
@@ -349,10 +507,18 @@ def _edit_batch(
     directions: Sequence[Direction],
     settings: Sequence[Settings],
     progress: bool | None,
+    token_weights: Mapping[str, float] | None,
+    attend: Attend,
+    recorder: Recorder | None,
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """Edited pictures, those of the first direction first, and reconstructions of a batch."""
     for inversion in inversions:
         inversion.check_fits(model)
+        if settings[0].reference == "path" and (inversion.path is None or len(inversion.path) != settings[0].steps + 1):
+            raise ValueError(
+                'this edit follows the inversion\'s path, which was not kept: invert again with reference="path" and '
+                f'steps={settings[0].steps}, or edit with reference="denoised", blend=0'
+            )
     noise = torch.stack([inversion.latents for inversion in inversions]).to(model.device)
     caption = model.encode_text(prompts)
     negative = None if negative_prompt is None else model.encode_text([negative_prompt]).expand_as(caption)
@@ -360,8 +526,32 @@ def _edit_batch(
         each.strength * direction.states.to(caption) for direction, each in zip(directions, settings, strict=True)
     ]
     edited = torch.cat([caption + delta for delta in deltas])
-    latents, reference = edit_latents(model, noise, caption, negative, edited, settings[0], progress)
-    return to_pictures(model.decode_latents(latents)), to_pictures(model.decode_latents(reference))
+    path = mask = weights = None
+    if settings[0].reference == "path":
+        path = torch.stack([inversion.path for inversion in inversions], dim=1)
+    if settings[0].blend:
+        mask = mask_of_change(model, path, caption, edited, settings[0].blend)
+    if token_weights:
+        weights = torch.stack([weigh_tokens(model, prompt, token_weights) for prompt in prompts])
+        if weights.min() < 0:
+            raise ValueError(f"token_weights must be zero or more, not {weights.min():g}")
+    latents, reference = edit_latents(
+        model, noise, caption, negative, edited, settings[0], progress, path, weights, attend, recorder
+    )
+    timestep = denoising_schedule(settings[0].steps).timesteps[0]
+    start = noise.repeat(len(directions), 1, 1, 1)
+    check_finite(torch.cat([latents, reference]), model, start, timestep, edited)
+    pictures, reconstructions = (to_pictures(model.decode_latents(x)) for x in (latents, reference))
+    if mask is not None:  # the autoencoder would blur what is not to be changed
+        originals = [inversion.picture for inversion in inversions] * len(directions)
+        pictures = [keep_outside(*three) for three in zip(pictures, originals, mask.cpu(), strict=True)]
+    return pictures, reconstructions
+
+
+def keep_outside(picture: Image.Image, original: Image.Image, mask: Tensor) -> Image.Image:
+    """A picture inside a mask, `[1, h, w]` from 0 to 1, and the original outside it."""
+    levels = Image.fromarray((mask[0] * 255).round().to(torch.uint8).numpy())
+    return Image.composite(picture, original, levels.resize(picture.size, Image.Resampling.BILINEAR))
 
 
 def prompts_for(

@@ -52,11 +52,18 @@ class CudaGraph:
         function: must not synchronise with the host.
         arguments: an example of them.
         pool: memory that graphs share which never run at the same time.
+        stream: where it is tried and recorded. One for all graphs: cuBLAS keeps a work space of 32 MiB for each stream
+            it ever saw.
     """
 
-    def __init__(self, function: Callable[..., Tensors], arguments: Tensors, pool: tuple[int, int]):
+    def __init__(
+        self,
+        function: Callable[..., Tensors],
+        arguments: Tensors,
+        pool: tuple[int, int],
+        stream: torch.cuda.Stream,
+    ):
         self.arguments = [torch.empty_like(tensor).copy_(tensor) for tensor in arguments]
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             compile_ahead(function, *self.arguments)
@@ -67,7 +74,7 @@ class CudaGraph:
         torch.cuda.empty_cache()  # what the trial run took would lie beside the graph's own memory
         self._function = function  # keeps the weights alive that the graph reads
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
             self.results = function(*self.arguments)
 
     def load(self, arguments: Tensors) -> None:
@@ -89,12 +96,14 @@ class Graphs:
         record: on a GPU. False runs everything step by step, with the same results but for rounding.
         graphs: by kind of work and shapes of the arguments.
         pool: memory that the graphs share.
+        stream: where they are recorded.
         room: bytes; if the process holds more when a graph is to be recorded, all others go. None: none goes.
     """
 
     record: bool = True
     graphs: dict[Hashable, CudaGraph] = field(default_factory=dict)
     pool: tuple[int, int] | None = None
+    stream: torch.cuda.Stream | None = None
     room: int | None = None
 
     def clear(self) -> None:
@@ -119,9 +128,10 @@ class Graphs:
             if self.room is not None and torch.cuda.memory_reserved(arguments[0].device) > self.room:
                 self.clear()
             self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.stream = self.stream or torch.cuda.Stream()
             while len(self.graphs) >= MOST_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]
-            self.graphs[key] = CudaGraph(function, arguments, self.pool)
+            self.graphs[key] = CudaGraph(function, arguments, self.pool, self.stream)
         return self.graphs[key]
 
     def call(self, kind: Hashable, function: Callable[..., Tensors], arguments: Tensors) -> Tensors:
@@ -141,26 +151,32 @@ class Graphs:
         count: int,
         label: str,
         hide_progress: bool | None,
+        each: Callable[[int, Tensors], None] | None = None,
+        first: int = 0,
     ) -> Tensors:
         """Repeat a step.
 
         Args:
             kind: names the step and all that is fixed in it, modules by their `id`.
-            step: `step(index, state, constants) -> state`; the index, a tensor `[1]`, counts from 0.
+            step: `step(index, state, constants) -> state`; the index, a tensor `[1]`, counts from `first`.
             state: what the first step begins with.
             constants: tensors, tables among them.
             count: number of steps.
             label: of the progress bar.
             hide_progress: as tqdm's `disable`.
+            each: called after every step with its number and the state, whose tensors the next step may overwrite.
+            first: number of the first step.
 
         Returns:
             The state after the last step.
         """
-        index = torch.zeros(1, dtype=torch.int64, device=state[0].device)
+        index = torch.full((1,), first, dtype=torch.int64, device=state[0].device)
         if not self._records(state):
-            for _ in tqdm(range(count), label, disable=hide_progress, leave=False):
+            for i in tqdm(range(count), label, disable=hide_progress, leave=False):
                 state = step(index, state, constants)
                 index = index + 1
+                if each:
+                    each(first + i, state)
             return state
 
         size = len(state)
@@ -175,8 +191,10 @@ class Graphs:
         graph = self.find(kind, advance, arguments)
         graph.load(arguments)
         bar = tqdm(range(count), label, disable=hide_progress, leave=False)
-        for _ in bar:
+        for i in bar:
             graph.replay()
+            if each:
+                each(first + i, graph.results)
             if not bar.disable:
                 torch.cuda.current_stream().synchronize()  # or the bar would run ahead of the work
         return [result.clone() for result in graph.results]

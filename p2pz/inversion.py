@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from p2pz.attention import Attend, Part, plain
 from p2pz.captions import captions_for
-from p2pz.engine import Tensors, explain_out_of_memory, row
+from p2pz.checks import check_finite
+from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.files import load_tensors, save_tensors
 from p2pz.images import ImageLike, as_list, psnr, read_image, same_size_groups, to_pictures, to_tensor, working_size
 from p2pz.kernels import regularise_noise
@@ -22,6 +25,7 @@ from p2pz.kernels.regulariser import pyramid_heights
 from p2pz.memory import plan_for
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
+from p2pz.recording import Recorder, attend_in_step
 from p2pz.schedule import authors_inversion_schedule, ddim_step, inversion_schedule
 from p2pz.unet import Conditioning
 
@@ -41,6 +45,8 @@ class Inversion:
         prompt: the caption it was inverted with.
         steps: steps of the inversion.
         text_fingerprint: of the model it belongs to.
+        path: the latents on the way, from the image's to the noise, `[steps + 1, 4, h, w]`, and
+        picture: the image itself; both only if the settings' reference is `"path"`.
     """
 
     latents: Tensor
@@ -48,6 +54,8 @@ class Inversion:
     prompt: str
     steps: int
     text_fingerprint: str
+    path: Tensor | None = None
+    picture: Image.Image | None = None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file, whole or not at all.
@@ -59,7 +67,10 @@ class Inversion:
             ValueError: the place cannot be written to.
         """
         card = {"prompt": self.prompt, "steps": str(self.steps), "text_fingerprint": self.text_fingerprint}
-        save_tensors(path, "inversion", {"latents": self.latents, "image_latents": self.image_latents}, card)
+        tensors = {"latents": self.latents, "image_latents": self.image_latents}
+        if self.path is not None:
+            tensors |= {"path": self.path, "picture": torch.from_numpy(np.array(self.picture))}
+        save_tensors(path, "inversion", tensors, card)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Inversion:
@@ -74,7 +85,9 @@ class Inversion:
         names, facts = ("latents", "image_latents"), ("prompt", "steps", "text_fingerprint")
         tensors, card = load_tensors(path, "inversion", names, facts)
         latents, image_latents = (tensors[name] for name in names)
-        return cls(latents, image_latents, card["prompt"], int(card["steps"]), card["text_fingerprint"])
+        facts = card["prompt"], int(card["steps"]), card["text_fingerprint"]
+        picture = Image.fromarray(tensors["picture"].numpy()) if "picture" in tensors else None
+        return cls(latents, image_latents, *facts, tensors.get("path"), picture)
 
     def check_fits(self, model: Model) -> None:
         """Raise ValueError if the inversion was made with another model."""
@@ -111,6 +124,8 @@ def invert_latents(
     settings: Settings,
     generator: torch.Generator,
     progress: bool | None = None,
+    attend: Attend = plain,
+    recorder: Recorder | None = None,
 ) -> Tensor:
     """Walk from image latents to noise.
 
@@ -121,31 +136,48 @@ def invert_latents(
         settings: steps, schedule and regulariser.
         generator: for the regulariser's offsets, on the CPU.
         progress: show a bar; None: on a terminal only.
+        attend: what happens in every attention layer, see `p2pz.attention`; any but the default runs unrecorded.
+        recorder: keeps cross-attention maps, see `p2pz.recording`.
 
     Returns:
-        The noise, `[B, 4, h, w]` float32.
+        The latents on the way, from the image's to the noise, `[n + 1, B, 4, h, w]` float32 for n steps.
 
     Source: Parmar et al. (2023), section 3.1; Song et al., "Denoising Diffusion Implicit Models" (2021).
     """
     schedule = _SCHEDULES[settings.inversion](settings.steps)
     strengths = settings.autocorrelation_strength, settings.kl_strength
 
+    parts = [Part(len(image_latents), "inversion", "conditional")]
+    path = [image_latents]
+
     def step(index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
-        (latents,), (shifts, keys_values, alphas, *offsets) = state, constants
+        (latents, *_), (shifts, keys_values, alphas, *offsets) = state, constants
         alpha_from, alpha_to = row(alphas, index)
-        prediction = model.predict(latents, Conditioning(row(shifts, index), keys_values))
+        maps: list[Tensor] = []
+        told = attend_in_step(attend, recorder, parts, index, schedule.timesteps, maps)
+        prediction = model.predict(latents, Conditioning(row(shifts, index), keys_values), told)
         noise = model.to_noise(prediction, latents, alpha_from)
         if offsets:
             noise = regularise_noise(noise, row(offsets[0], index), *strengths, settings.form)
-        return (ddim_step(latents, noise, alpha_from, alpha_to),)
+        return ddim_step(latents, noise, alpha_from, alpha_to), *maps
+
+    def each(i: int, state: Tensors) -> None:
+        path.append(state[0].clone())
+        if recorder:
+            recorder.take(i, parts, state[1:])
 
     constants = [*model.condition(schedule.timesteps, context), schedule.alphas]
     if any(strengths):
         offsets = [draw_offsets(generator, settings, *image_latents.shape[1:3]) for _ in range(len(schedule))]
         constants.append(torch.stack(offsets))
     constants = [tensor.to(model.device) for tensor in constants]
-    kind = "invert", id(model.unet), *strengths, settings.form
-    return model.graphs.run(kind, step, [image_latents], constants, len(schedule), "inverting", hide(progress))[0]
+    state = [image_latents]
+    if recorder:
+        state += recorder.begin(model.unet, parts, image_latents, schedule.timesteps, context.shape[1])
+    kind = "invert", id(model.unet), *strengths, settings.form, recorder and recorder.key
+    graphs = model.graphs if attend is plain else Graphs(record=False)
+    graphs.run(kind, step, state, constants, len(schedule), "inverting", hide(progress), each)
+    return torch.stack(path)
 
 
 def hide(progress: bool | None) -> bool | None:
@@ -153,9 +185,20 @@ def hide(progress: bool | None) -> bool | None:
     return None if progress is None else not progress
 
 
-def prepare_pictures(images: Sequence[ImageLike], model: Model) -> list[Image.Image]:
-    """Read images and resize each to the size the model works at, see `working_size`."""
-    native, multiple = model.native_size, model.vae.config.downsampling
+def prepare_pictures(images: Sequence[ImageLike], model: Model, size: int | None = None) -> list[Image.Image]:
+    """Read images and resize each to the size the model works at, see `working_size`.
+
+    Args:
+        images: what to read.
+        model: for its native size, and pixels per latent.
+        size: instead of the native size, 64 to 1536.
+
+    Raises:
+        ValueError: an image cannot be read, or the size is out of range.
+    """
+    if size is not None and not 64 <= size <= 1536:
+        raise ValueError(f"size must be from 64 to 1536 pixels, not {size}")
+    native, multiple = size or model.native_size, model.vae.config.downsampling
     pictures = [read_image(image) for image in images]
     sizes = [working_size(picture.size, native, multiple) for picture in pictures]
     return [
@@ -171,6 +214,8 @@ def invert_pictures(
     settings: Settings,
     seed: int = 0,
     progress: bool | None = None,
+    attend: Attend = plain,
+    recorder: Recorder | None = None,
 ) -> list[Inversion]:
     """Invert pictures of one size as one batch.
 
@@ -181,6 +226,7 @@ def invert_pictures(
         settings: the numbers.
         seed: of the regulariser's offsets and of the posterior's sample, the same for every picture.
         progress: show a bar; None: on a terminal only.
+        attend, recorder: see `invert_latents`.
 
     Returns:
         An inversion for each picture.
@@ -196,11 +242,17 @@ def invert_pictures(
     if model.is_mini:
         _warn_of_strangers(model, pictures, image_latents)
     context = model.encode_text(prompts)
-    latents = invert_latents(model, image_latents, context, settings, generator, progress)
+    path = invert_latents(model, image_latents, context, settings, generator, progress, attend, recorder)
+    check_finite(path[-1], model, image_latents, _SCHEDULES[settings.inversion](settings.steps).timesteps[0], context)
+    path = path.cpu()
+    keep = settings.reference == "path"
     return [
-        Inversion(noise, encoded, prompt, settings.steps, model.text_fingerprint)
-        for noise, encoded, prompt in zip(latents.cpu(), image_latents.cpu(), prompts, strict=True)
-    ]
+        Inversion(
+            latents[-1], latents[0], prompt, settings.steps, model.text_fingerprint,
+            latents if keep else None, picture if keep else None,
+        )
+        for latents, prompt, picture in zip(path.unbind(1), prompts, pictures, strict=True)
+    ]  # fmt: skip
 
 
 def _warn_of_strangers(model: Model, pictures: Sequence[Image.Image], image_latents: Tensor) -> None:
@@ -210,7 +262,7 @@ def _warn_of_strangers(model: Model, pictures: Sequence[Image.Image], image_late
     if worst < LOWEST_MINI_PSNR:
         warnings.warn(
             f"the bundled model knows only its cartoon world and can reproduce this image at {worst:.1f} dB only; for "
-            "photographs load a Stable Diffusion checkpoint: p2pz.load(folder), --model FOLDER or P2PZ_MODEL=FOLDER",
+            "photographs load a Stable Diffusion checkpoint: p2pz.load(source), --model SOURCE or P2PZ_MODEL=SOURCE",
             stacklevel=5,
         )
 
@@ -224,7 +276,10 @@ def invert(
     preset: str = "p2pz",
     steps: int | None = None,
     seed: int = 0,
+    size: int | None = None,
     progress: bool | None = None,
+    attend: Attend = plain,
+    record: Recorder | None = None,
     **settings: Any,
 ) -> Inversion | list[Inversion]:
     """Find the noise that reproduces an image, for one or many edits.
@@ -238,6 +293,7 @@ def invert(
         preset: `"p2pz"`, `"authors"` or `"diffusers"`, see `p2pz.presets`.
         steps: 1 to 999; None takes the preset's.
         seed: of all randomness; the same seed gives the same noise.
+        size: images are worked on at about `size * size` pixels, 64 to 1536; None: `model.native_size`.
         progress: show a bar; None: on a terminal only.
         settings: further fields of `p2pz.presets.Settings`.
 
@@ -252,17 +308,22 @@ def invert(
     model = model or load()
     numbers = settings_for(model, preset, steps=steps, **settings)
     images, single = as_list(img)
-    pictures = prepare_pictures(images, model)
+    pictures = prepare_pictures(images, model, size)
     groups = same_size_groups([picture.size for picture in pictures])
     plans = [plan_for(model, pictures[group[0]].size[::-1], len(group), rows=1) for group in groups]
     prompts = captions_for(pictures, prompt, "a photo", model)
     inversions: list[Inversion | None] = [None] * len(pictures)
+    if record:
+        record.clear()
     for group, plan in zip(groups, plans, strict=True):
         for start in range(0, len(group), plan.images):
             batch = group[start : start + plan.images]
             done = invert_pictures(
-                plan.apply(model), [pictures[i] for i in batch], [prompts[i] for i in batch], numbers, seed, progress
-            )
+                plan.apply(model), [pictures[i] for i in batch], [prompts[i] for i in batch], numbers, seed, progress,
+                attend, record,
+            )  # fmt: skip
+            if record:
+                record.finish(batch, [prompts[i] for i in batch], [{"inversion": i} for i in range(len(batch))])
             for i, inversion in zip(batch, done, strict=True):
                 inversions[i] = inversion
     return inversions[0] if single else inversions

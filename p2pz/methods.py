@@ -28,6 +28,7 @@ from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.sampling import sample_latents
 from p2pz.schedule import ddim_step, denoising_schedule
+from p2pz.tokens import tokens_of, weigh_tokens
 from p2pz.unet import Conditioning
 
 
@@ -304,10 +305,13 @@ def _from_inversions(denoise: Denoise, seed: int, progress: bool | None) -> Call
 
 def _numbers(steps: int | None, guidance: float | None, regularised: bool, settings: dict[str, Any]) -> dict[str, Any]:
     """Changes to a preset for a method that inverts and swaps words."""
-    foreign = {"strength", "xa_guidance", "gradient"} & settings.keys()
+    maps = {"strength", "xa_guidance", "gradient", "guided_steps", "resolution_weights", "reference", "blend"}
+    foreign = maps & settings.keys()
     if foreign:
         raise ValueError(f"this method has no direction and no map guidance: leave out {', '.join(sorted(foreign))}")
-    plain = {} if regularised else {"autocorrelation_strength": 0.0, "kl_strength": 0.0}
+    plain: dict[str, Any] = {"reference": "denoised"}
+    if not regularised:
+        plain |= {"autocorrelation_strength": 0.0, "kl_strength": 0.0}
     return plain | settings | {"steps": steps, "guidance": guidance, "xa_guidance": 0.0}
 
 
@@ -423,40 +427,6 @@ def align_tokens(reference: Sequence[int], edited: Sequence[int], length: int) -
     return mapping, mapping.sum(0)
 
 
-def token_weights(model: Model, prompt: str, reweight: Mapping[str, float]) -> Tensor:
-    """Factors of a caption's tokens.
-
-    Args:
-        model: whose tokenizer to use.
-        prompt: the caption.
-        reweight: word, or words in a row -> factor.
-
-    Returns:
-        `[77]`, 1 for all other tokens.
-
-    Raises:
-        ValueError: a word is not in the caption, or a factor not a finite number.
-    """
-    ids = tokens_of(model, prompt)
-    ends = [True, *(name.endswith("</w>") for name in model.tokenizer.convert_ids_to_tokens(ids[1:]))]
-    weights = torch.ones(model.tokenizer.model_max_length)
-    for words, factor in reweight.items():
-        wanted = tokens_of(model, words)[1:-1]
-        starts = [i for i in range(1, len(ids)) if ends[i - 1] and ids[i : i + len(wanted)] == wanted]
-        if not wanted or not starts:
-            raise ValueError(f'reweight names "{words}", which is not in the edited caption "{prompt}"')
-        if not abs(factor) < float("inf"):
-            raise ValueError(f"factors of reweight must be finite numbers, not {factor}")
-        for i in starts:
-            weights[i : i + len(wanted)] = factor
-    return weights
-
-
-def tokens_of(model: Model, prompt: str) -> list[int]:
-    """A caption's tokens from start token to end token, cut to the encoder's length, without padding."""
-    return model.tokenizer(prompt, truncation=True, max_length=model.tokenizer.model_max_length).input_ids
-
-
 @dataclass(frozen=True)
 class TokenEdit:
     """How the cross-attention maps of edits come from their references', see `p2pz.kernels.edited_attention`.
@@ -482,14 +452,14 @@ def token_edit(
         reweight: words of the targets -> factor.
 
     Raises:
-        ValueError: see `token_weights`.
+        ValueError: see `weigh_tokens`.
     """
     length = model.tokenizer.model_max_length
     aligned = [
         align_tokens(tokens_of(model, prompt), tokens_of(model, target), length)
         for prompt, target in zip(prompts, targets, strict=True)
     ]
-    weights = [token_weights(model, target, reweight or {}) for target in targets]
+    weights = [weigh_tokens(model, target, reweight or {}) for target in targets]
     columns = (*zip(*aligned, strict=True), weights)
     return TokenEdit(*(torch.stack(list(column)).to(model.device) for column in columns))
 

@@ -19,6 +19,14 @@ class Settings:
             conditional half moves the latents (the paper's text). `"both"`: the mean of both halves' gradients does.
             `"halves"`: each half is moved by its own gradient, divided by two, and the DDIM step continues from the
             negative half (the authors' code and diffusers).
+        guided_steps: the share of the steps at which map guidance begins, and at which it ends.
+        resolution_weights: factors of the map loss at each resolution, from the finest on; the last one serves those
+            that are left. Empty: 1.
+        reference: latents of the reference pass. `"denoised"`: the inverted noise is denoised with the caption (the
+            paper). `"path"`: the latents that the inversion passed through, so that the reference leads back to the
+            image itself (direct inversion, Ju et al. 2024).
+        blend: pixels where the direction changes the predicted noise by less than this share of its largest change are
+            the image's own; 0 leaves all to the edit. It needs the reference `"path"`.
         inversion: `"mirror"` visits the timesteps of the edit backwards; `"authors"` leaves out the first and the last.
         autocorrelation_strength, kl_strength: step lengths of the noise regulariser; 0 leaves a part out.
         rounds, rolls: rounds of the regulariser, and auto-correlation steps in each.
@@ -33,6 +41,10 @@ class Settings:
     guidance: float = 5.0
     xa_guidance: float = 0.1
     gradient: str = "halves"
+    guided_steps: tuple[float, float] = (0.0, 1.0)
+    resolution_weights: tuple[float, ...] = ()
+    reference: str = "denoised"
+    blend: float = 0.0
     inversion: str = "mirror"
     autocorrelation_strength: float = 20.0
     kl_strength: float = 20.0
@@ -52,10 +64,23 @@ class Settings:
         for name in ("strength", "guidance", "xa_guidance", "autocorrelation_strength", "kl_strength"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be zero or more, not {getattr(self, name)}")
+        object.__setattr__(self, "guided_steps", tuple(self.guided_steps))
+        object.__setattr__(self, "resolution_weights", tuple(self.resolution_weights))
+        if len(self.guided_steps) != 2 or not 0 <= self.guided_steps[0] <= self.guided_steps[1] <= 1:
+            raise ValueError(f"guided_steps must be two shares from 0 to 1, the smaller first, not {self.guided_steps}")
+        if not all(0 <= weight < float("inf") for weight in self.resolution_weights):
+            raise ValueError(f"resolution_weights must be zero or more, not {self.resolution_weights}")
+        if not 0 <= self.blend < 1:
+            raise ValueError(f"blend must be from 0 to below 1, not {self.blend}")
+        if self.blend and self.reference != "path":
+            raise ValueError('blend needs reference="path", whose latents say where the edit acts: give blend=0 too')
+        if self.reference == "path" and self.inversion != "mirror":
+            raise ValueError('reference="path" needs inversion="mirror": the other visits other timesteps')
 
 
 _CHOICES = {
     "gradient": ("conditional", "both", "halves"),
+    "reference": ("denoised", "path"),
     "inversion": ("mirror", "authors"),
     "form": ("random", "every", "paper"),
 }
@@ -72,16 +97,19 @@ MINI_SETTINGS = Settings(
     guidance=1.0,
     xa_guidance=1.0,
     gradient="conditional",
+    reference="path",
+    blend=0.25,
     autocorrelation_strength=0.0,
     kl_strength=0.0,
 )
 """What the preset "p2pz" stands for on the bundled model.
 
 A longer direction under firm map guidance edits more surely than classifier-free guidance, leaves more of the
-background and needs no negative half. Chosen with `bench/quality.py --split tuning`.
+background and needs no negative half. The reference on the inversion's path has the image's own maps, and pixels that
+the direction does not concern need no autoencoder. Chosen on tuning scenes, see `bench/quality.py`.
 """
 
-MINI_STYLE_SETTINGS = replace(MINI_SETTINGS, strength=1.0, xa_guidance=0.2)
+MINI_STYLE_SETTINGS = replace(MINI_SETTINGS, strength=1.0, xa_guidance=0.2, blend=0.0)
 """The same for a change of style, which has to move every pixel: the maps are held loosely."""
 
 
@@ -102,4 +130,9 @@ def settings_for(model: Model, preset: str, *, style: bool = False, **changes: A
     settings = PRESETS[preset]
     if preset == "p2pz" and model.is_mini:
         settings = MINI_STYLE_SETTINGS if style else MINI_SETTINGS
-    return replace(settings, **{name: value for name, value in changes.items() if value is not None})
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if changes.get("inversion", "mirror") != "mirror":  # what depends on each other changes together
+        changes = {"reference": "denoised"} | changes
+    if changes.get("reference", "path") != "path":
+        changes = {"blend": 0.0} | changes
+    return replace(settings, **changes)

@@ -8,12 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from p2pz.attention import Attend, Part, plain
 from p2pz.editing import guided
-from p2pz.engine import Tensors, explain_out_of_memory, row
+from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.images import as_list, to_pictures
 from p2pz.inversion import hide
 from p2pz.memory import plan_for
 from p2pz.model import Model, load
+from p2pz.recording import Recorder, attend_in_step
 from p2pz.schedule import ddim_step, denoising_schedule
 from p2pz.unet import Conditioning
 
@@ -28,6 +30,8 @@ def sample_latents(
     guidance: float,
     progress: bool | None = None,
     skip: int = 0,
+    attend: Attend = plain,
+    recorder: Recorder | None = None,
 ) -> Tensor:
     """Denoise from noise.
 
@@ -40,6 +44,8 @@ def sample_latents(
         guidance: classifier-free guidance scale; 1 leaves the negative half out.
         progress: show a bar; None: on a terminal only.
         skip: steps to leave out at the beginning, fewer than `steps`.
+        attend: what happens in every attention layer, see `p2pz.attention`; any but the default runs unrecorded.
+        recorder: keeps cross-attention maps, see `p2pz.recording`.
 
     Returns:
         Latents of the images, `[B, 4, h, w]` float32.
@@ -48,21 +54,33 @@ def sample_latents(
     """
     pairs = guidance != 1
     schedule = denoising_schedule(steps)
+    timesteps = schedule.timesteps[skip:]
     texts = torch.cat([negative, context]) if pairs else context
-    shifts, keys_values = model.condition(schedule.timesteps[skip:], texts)
+    shifts, keys_values = model.condition(timesteps, texts)
+    parts = [Part(len(noise), "sample", half) for half in ("negative", "conditional")[1 - pairs :]]
 
     def step(index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
-        (latents,), (shifts, keys_values, alphas, guidance) = state, constants
+        (latents, *_), (shifts, keys_values, alphas, guidance) = state, constants
         alpha_from, alpha_to = row(alphas, index)
         halves = torch.cat([latents, latents]) if pairs else latents
-        prediction = model.predict(halves, Conditioning(row(shifts, index), keys_values))
+        maps: list[Tensor] = []
+        told = attend_in_step(attend, recorder, parts, index, timesteps, maps)
+        prediction = model.predict(halves, Conditioning(row(shifts, index), keys_values), told)
         predicted = guided(model.to_noise(prediction, halves, alpha_from), guidance, pairs)
-        return (ddim_step(latents, predicted, alpha_from, alpha_to),)
+        return ddim_step(latents, predicted, alpha_from, alpha_to), *maps
 
     alphas = schedule.alphas[skip:].to(model.device)
     constants = [shifts, keys_values, alphas, torch.tensor(guidance, device=model.device)]
-    kind = "sample", id(model.unet), pairs
-    return model.graphs.run(kind, step, [noise], constants, steps - skip, "sampling", hide(progress))[0]
+    state, each = [noise], None
+    if recorder:
+        state += recorder.begin(model.unet, parts, noise, timesteps, texts.shape[1])
+
+        def each(i: int, state: Tensors) -> None:
+            recorder.take(i, parts, state[1:])
+
+    kind = "sample", id(model.unet), pairs, recorder and recorder.key
+    graphs = model.graphs if attend is plain else Graphs(record=False)
+    return graphs.run(kind, step, state, constants, steps - skip, "sampling", hide(progress), each)[0]
 
 
 @explain_out_of_memory
@@ -76,6 +94,8 @@ def sample(
     size: tuple[int, int] | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    attend: Attend = plain,
+    record: Recorder | None = None,
 ) -> list[Image.Image]:
     """Draw images from text.
 
@@ -88,6 +108,8 @@ def sample(
         size: width and height in pixels, multiples of `vae.config.downsampling`; None: the model's own square.
         seed: of the first image's noise; the i-th image has `seed + i`, so each can be drawn again alone.
         progress: show a bar; None: on a terminal only.
+        attend: what happens in every attention layer, see `p2pz.attention`.
+        record: keeps cross-attention maps, see `p2pz.record`.
 
     Returns:
         A list with a picture for each prompt.
@@ -117,7 +139,13 @@ def sample(
     model = plan.apply(model)
     batches = (tensor.split(plan.images) for tensor in (noise.to(model.device), negative, context))
     pictures = []
+    if record:
+        record.clear()
     for batch in zip(*batches, strict=True):
-        latents = sample_latents(model, *batch, steps, guidance, progress)
+        latents = sample_latents(model, *batch, steps, guidance, progress, attend=attend, recorder=record)
+        if record:
+            places = range(len(pictures), len(pictures) + len(latents))
+            rows = [{"sample": i} for i in range(len(latents))]
+            record.finish(places, [prompts[place] for place in places], rows)
         pictures += to_pictures(model.decode_latents(latents))
     return pictures

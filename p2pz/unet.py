@@ -398,14 +398,39 @@ class UNet(nn.Module):
 
         # In the order in which they run.
         self._residual_blocks = [module for module in self.modules() if isinstance(module, ResnetBlock)]
-        attentions = [module for module in self.modules() if isinstance(module, Attention)]
-        self._cross_attentions = [layer for layer in attentions if layer.kind == "cross"]
+        self._attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        self._cross_attentions = [layer for layer in self._attentions if layer.kind == "cross"]
 
     def fuse(self) -> None:
         """Lay projections that read the same tokens out as one matrix; once the weights are in their final place."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.fuse()
+
+    @property
+    def cross_attention_paths(self) -> list[str]:
+        """Of all cross-attention layers, in the order in which they run."""
+        return [layer.path for layer in self._cross_attentions]
+
+    def level_of(self, path: str) -> int:
+        """The level, 0 the finest, that an attention layer's path names."""
+        levels = len(self.config.block_out_channels)
+        stage, index, *_ = path.split(".")
+        if stage == "mid_block":
+            return levels - 1
+        return int(index) if stage == "down_blocks" else levels - 1 - int(index)
+
+    def sites(self, height: int, width: int) -> list[Site]:
+        """All attention layers, in the order in which they run.
+
+        Args:
+            height, width: of the latents.
+        """
+        sites = []
+        for layer in self._attentions:
+            scale = 2 ** self.level_of(layer.path)
+            sites.append(Site(layer.path, layer.kind, -(-height // scale), -(-width // scale), layer.heads))
+        return sites
 
     def condition(self, timesteps: Tensor, context: Tensor) -> Conditioning:
         """What timesteps and texts mean to the layers; independent of the latents.

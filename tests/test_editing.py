@@ -12,8 +12,8 @@ from PIL import Image
 import p2pz
 from p2pz.attention import keep_queries_and_keys, record_cross_attention
 from p2pz.directions import Direction
-from p2pz.editing import edit_latents, map_gradient
-from p2pz.images import psnr, to_tensor
+from p2pz.editing import edit_latents, map_gradient, mask_of_change
+from p2pz.images import psnr, to_pictures, to_tensor
 from p2pz.inversion import draw_offsets, invert_latents
 from p2pz.presets import MINI_SETTINGS, PRESETS, Settings, settings_for
 from p2pz.unet import UNet
@@ -70,7 +70,7 @@ def test_diffusers_preset_equals_diffusers(model, pipeline, pictures, cat_to_dog
     theirs = pipeline.invert(
         prompt_embeds=caption, image=image_latents, num_inference_steps=6, generator=torch.Generator().manual_seed(7)
     ).latents
-    ours = invert_latents(model, image_latents, caption, settings, torch.Generator().manual_seed(7), False)
+    ours = invert_latents(model, image_latents, caption, settings, torch.Generator().manual_seed(7), False)[-1]
     assert relative_error(ours, theirs) < 1e-3
 
     common = {"prompt_embeds": caption, "num_inference_steps": 6, "output_type": "latent"}
@@ -150,8 +150,31 @@ def test_sampled_posterior_does_not_depend_on_the_batch(model, pictures):
 def test_zero_direction_reproduces_the_reference(model, pictures, cat_to_dog):
     """Without a change the maps agree, their gradient is zero and the edit is the reconstruction."""
     nothing = Direction(torch.zeros_like(cat_to_dog.states), "", "", (1, 1), model.text_fingerprint)
-    result = p2pz.edit(pictures[0], nothing, model=model, steps=STEPS, xa_guidance=1.0, progress=False)
+    settings = {"model": model, "steps": STEPS, "xa_guidance": 1.0, "progress": False}
+    result = p2pz.edit(pictures[0], nothing, reference="denoised", **settings)
     assert psnr(result.image, result.reconstruction) > 60
+    blended = p2pz.edit(pictures[0], nothing, **settings)
+    assert np.array_equal(blended.image, pictures[0])
+    for each in (result, blended):
+        assert len(each.warnings) == 1 and "changed nothing" in each.warnings[0]
+
+
+def test_numbers_that_overflow_are_reported_with_the_layer(model, pictures, cat_to_dog):
+    weight = model.unet.mid_block.attentions[0].proj_out.weight
+    before = weight[0, 0].clone()
+    try:
+        weight[0, 0] = float("inf")
+        with pytest.raises(ValueError, match=r"infinite or NaN, first in mid_block.attentions.0, .*float32"):
+            p2pz.edit(pictures[0], cat_to_dog, model=model, steps=1, progress=False)
+    finally:
+        weight[0, 0] = before
+
+
+def test_images_can_be_worked_on_at_another_size(model, pictures, cat_to_dog):
+    small = p2pz.edit(pictures[0], cat_to_dog, model=model, steps=1, size=64, progress=False)
+    assert small.image.size == (64, 64)
+    with pytest.raises(ValueError, match="size must be from 64 to 1536 pixels, not 32"):
+        p2pz.edit(pictures[0], cat_to_dog, model=model, size=32)
 
 
 def test_map_gradient_is_the_derivative_of_the_map_distance(model):
@@ -271,6 +294,7 @@ def test_authors_preset_visits_two_steps_less(model, pictures, monkeypatch):
 def test_presets_are_the_documented_values():
     published = {"rounds": 5, "rolls": 5, "autocorrelation_strength": 20.0, "kl_strength": 20.0, "xa_guidance": 0.1}
     published |= {"strength": 1.0, "gradient": "halves", "steps": 50, "form": "random", "sample_posterior": True}
+    published |= {"reference": "denoised", "blend": 0.0, "guided_steps": (0.0, 1.0), "resolution_weights": ()}
     authors, diffusers = vars(PRESETS["authors"]), vars(PRESETS["diffusers"])
     assert authors == published | {"guidance": 5.0, "inversion": "authors", "lowest_offset": 1}
     assert diffusers == published | {"guidance": 7.5, "inversion": "mirror", "lowest_offset": 0}
@@ -279,6 +303,9 @@ def test_presets_are_the_documented_values():
 def test_the_bundled_model_has_its_own_numbers(model):
     assert settings_for(model, "p2pz") == MINI_SETTINGS != PRESETS["p2pz"]
     assert settings_for(model, "p2pz", steps=7, guidance=None).steps == 7
+    assert MINI_SETTINGS.reference == "path" and MINI_SETTINGS.blend > 0
+    changed = settings_for(model, "p2pz", inversion="authors")  # and what cannot stay
+    assert (changed.reference, changed.blend) == ("denoised", 0)
 
 
 @pytest.mark.parametrize("lowest", [0, 1])
@@ -301,6 +328,13 @@ def test_offsets_fit_their_level(lowest):
         ({"xa_guidance": float("nan")}, "xa_guidance must be zero or more"),
         ({"gradient": "all"}, "gradient must be one of"),
         ({"prompt": ["a", "b"]}, "1 images but 2 prompts"),
+        ({"guided_steps": (0.5, 0.2)}, "guided_steps must be two shares from 0 to 1, the smaller first"),
+        ({"resolution_weights": (1.0, -1.0)}, "resolution_weights must be zero or more"),
+        ({"blend": 1.0}, "blend must be from 0 to below 1, not 1"),
+        ({"reference": "denoised", "blend": 0.1}, 'blend needs reference="path"'),
+        ({"inversion": "authors", "reference": "path"}, 'reference="path" needs inversion="mirror"'),
+        ({"token_weights": {"cat": -1.0}, "prompt": "a cat", "steps": 1}, "token_weights must be zero or more, not -1"),
+        ({"token_weights": {"fish": 1.0}, "prompt": "a cat", "steps": 1}, 'does not contain "fish"'),
     ],
 )
 def test_settings_out_of_range(model, pictures, cat_to_dog, settings, message):
@@ -329,3 +363,90 @@ def test_bad_images_and_directions(model, pictures, cat_to_dog):
     other = p2pz.Inversion(inversion.latents, inversion.image_latents, "a photo", 1, "0123456789abcdef")
     with pytest.raises(ValueError, match="made with another model"):
         p2pz.edit(other, cat_to_dog, model=model)
+
+
+def test_a_reference_on_the_path_leads_back_to_the_image(model, pictures, cat_to_dog, tmp_path):
+    settings = {"model": model, "steps": STEPS, "prompt": "a photo of a cat", "progress": False}
+    inversion = p2pz.invert(pictures[0], reference="path", **settings)
+    assert inversion.path.shape == (STEPS + 1, 4, 32, 32)
+    assert torch.equal(inversion.path[0], inversion.image_latents)
+    assert torch.equal(inversion.path[-1], inversion.latents)
+    result = p2pz.edit(pictures[0], cat_to_dog, reference="path", **settings)
+    decoded = to_pictures(model.decode_latents(inversion.image_latents[None]))[0]
+    assert psnr(result.reconstruction, decoded) > 60
+    denoised = p2pz.edit(pictures[0], cat_to_dog, reference="denoised", **settings)
+    assert psnr(denoised.reconstruction, decoded) < 50 and psnr(denoised.image, result.image) < 50
+
+    inversion.save(tmp_path / "cat.safetensors")
+    loaded = p2pz.Inversion.load(tmp_path / "cat.safetensors")
+    again = p2pz.edit(loaded, cat_to_dog, reference="path", model=model, progress=False)
+    assert psnr(again.image, result.image) > 60
+    plain = p2pz.invert(pictures[0], reference="denoised", **settings)
+    assert plain.path is None and plain.picture is None
+    with pytest.raises(ValueError, match='path, which was not kept: invert again with reference="path" and steps=4'):
+        p2pz.edit(plain, cat_to_dog, reference="path", model=model, progress=False)
+
+
+def test_blending_leaves_the_rest_of_the_image_alone(model):
+    """Far from the animal the pixels are the image's own, whatever the autoencoder does to them."""
+    scenes = mini_world.task_pair("cat->dog", 2)
+    source, outside = mini_world.render(scenes[0]), ~mini_world.edit_mask(*scenes)
+    settings = {"model": model, "steps": 6, "prompt": "a photo of a cat", "progress": False, "reference": "path"}
+    free, kept = (p2pz.edit(source, "cat->dog", blend=blend, **settings) for blend in (0.0, 0.25))
+    equal = (np.asarray(kept.image) == source).all(-1)
+    assert equal[outside].mean() > 0.5 > equal[~outside].mean()
+    assert psnr(kept.image, source, outside) > psnr(free.image, source, outside) + 1
+    assert psnr(kept.image, free.image, ~outside) > 30  # inside, the edit is the same
+
+
+def test_the_mask_finds_what_the_direction_concerns(model):
+    for task in ("cat->dog", "cat->cat with glasses"):
+        scenes = mini_world.task_pair(task, 1)
+        source, target = map(mini_world.render, scenes)
+        inversion = p2pz.invert(source, model=model, reference="path", steps=8, progress=False)
+        caption = model.encode_text([inversion.prompt])
+        edited = caption + 2 * p2pz.direction(*task.split("->"), model=model).states
+        mask = mask_of_change(model, inversion.path[:, None], caption, edited.repeat(2, 1, 1), 0.25)
+        assert torch.equal(mask[0], mask[1])
+        mask = mask[0, 0].bool().repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
+        changed = np.abs(source.astype(int) - target).max(-1) > 30
+        assert mask[changed].mean() > 0.9 and mask[~mini_world.edit_mask(*scenes)].mean() < 0.35
+
+
+def test_map_guidance_in_some_steps_at_some_resolutions_and_of_some_words(model, pictures, cat_to_dog):
+    settings = {"model": model, "steps": STEPS, "prompt": "a photo of a cat", "progress": False, "blend": 0.0}
+    inversion = p2pz.invert(pictures[0], reference="path", **{k: v for k, v in settings.items() if k != "blend"})
+
+    def edit(**changes):
+        return p2pz.edit(inversion, cat_to_dog, **(settings | {"xa_guidance": 2.0} | changes)).image
+
+    guided, free = edit(), edit(xa_guidance=0.0)
+    assert psnr(guided, free) < 45
+    for same_as, changes in (
+        (guided, {"guided_steps": (0, 1)}),
+        (guided, {"resolution_weights": (1.0,)}),
+        (guided, {"token_weights": {"cat": 1.0}}),
+        (free, {"guided_steps": (0.5, 0.5)}),
+        (free, {"resolution_weights": (0.0, 0.0)}),
+    ):
+        assert psnr(edit(**changes), same_as) > 60, changes
+    for changes in (
+        {"guided_steps": (0, 0.5)},
+        {"guided_steps": (0.5, 1)},
+        {"resolution_weights": (0.0, 1.0)},
+        {"token_weights": {"a photo of a cat": 0.0}},
+    ):
+        assert psnr(edit(**changes), guided) < 60 and psnr(edit(**changes), free) < 60, changes
+
+
+def test_gradient_of_weighted_layers_is_the_weighted_sum(model):
+    latents, start = torch.randn(2, 1, 4, 16, 16).unbind(0)
+    states = model.encode_text(["a photo of a cat", "a photo of a dog"])
+    timestep, kept = torch.tensor([401]), {}
+    model.unet(start, timestep, states[:1], keep_queries_and_keys(kept))
+    conditioning = model.condition(timestep, states[1:])
+    whole, *parts = (
+        map_gradient(model, latents, conditioning, kept, resolution_weights=weights)
+        for weights in ((2.0, 3.0, 5.0), (1.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    )
+    assert relative_error(2 * parts[0] + 3 * parts[1] + 5 * parts[2], whole) < 1e-5

@@ -456,10 +456,11 @@ def test_nothing_of_the_size_of_the_maps_is_stored(keys, device):
     arguments = drawn(batch, positions, keys, heads, width, torch.float16, device)
     gradients = upstream(arguments[0])
     results(with_triton, arguments, *gradients)
-    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+    # what was asked for: the allocator may give a MiB more, as the blocks happen to lie
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     kept = results(with_triton, arguments, *gradients)
-    grown = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in kept)
+    grown = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before - sum(x.nbytes for x in kept)
     assert grown < 0.01 * batch * positions * keys * heads * 2
 
 

@@ -22,10 +22,9 @@ from p2pz.methods import (
     share_attention,
     swap_words,
     token_edit,
-    token_weights,
-    tokens_of,
 )
 from p2pz.presets import MINI_SETTINGS
+from p2pz.tokens import tokens_of, weigh_tokens
 from p2pz.unet import UNet
 from p2pz.weights import MINI_FOLDER, mini_world
 
@@ -123,16 +122,16 @@ def test_captions_are_aligned_by_the_models_tokens(model):
 
 def test_weights_are_those_of_whole_words(model):
     prompt = "a cat with glasses by a catfish and a cat"
-    weights = token_weights(model, prompt, {"cat": 2.0})
+    weights = weigh_tokens(model, prompt, {"cat": 2.0})
     ids = tokens_of(model, prompt)
     assert weights.tolist() == [2.0 if token == ids[2] else 1.0 for token in ids] + [1.0] * (77 - len(ids))
     assert (weights == 2).sum() == 2
-    assert token_weights(model, prompt, {"with glasses": -1.0}).tolist()[3:5] == [-1.0, -1.0]
-    for words, factor, message in (("dog", 1.0, 'names "dog"'), ("", 1.0, 'names ""'), ("cat", np.inf, "finite")):
+    assert weigh_tokens(model, prompt, {"with glasses": -1.0}).tolist()[3:5] == [-1.0, -1.0]
+    for words, factor, message in (("dog", 1.0, 'contain "dog"'), ("", 1.0, 'contain ""'), ("cat", np.inf, "finite")):
         with pytest.raises(ValueError, match=message):
-            token_weights(model, prompt, {words: factor})
-    with pytest.raises(ValueError, match='names "fish"'):  # its tokens end "catfish"
-        token_weights(model, prompt, {"fish": 2.0})
+            weigh_tokens(model, prompt, {words: factor})
+    with pytest.raises(ValueError, match='contain "fish"'):  # its tokens end "catfish"
+        weigh_tokens(model, prompt, {"fish": 2.0})
 
 
 @pytest.mark.parametrize(
@@ -167,7 +166,7 @@ def test_shared_maps_equal_maps_edited_in_memory(model, assert_close, target, re
         return attend_with_probabilities(maps, v)
 
     tokens = token_edit(model, [PROMPT, "a horse"], [target, "a zebra"])
-    tokens.weights[0] = token_weights(model, target, reweight)
+    tokens.weights[0] = weigh_tokens(model, target, reweight)
     shared = model.predict(latents, conditioning, share_attention(2, tokens, 64))
     assert_close(shared, model.predict(latents, conditioning, in_memory), 1e-5)
     plain = model.predict(latents, conditioning)
@@ -370,7 +369,7 @@ def test_bad_input(model, pictures, inversion, method):
         (sdedit, {"noise_strength": float("nan")}, "noise_strength"),
         (prompt_to_prompt, {"cross_steps": -0.1}, "cross_steps must be from 0 to 1, not -0.1"),
         (prompt_to_prompt, {"self_steps": 2}, "self_steps must be"),
-        (prompt_to_prompt, {"reweight": {"horse": 2.0}}, 'reweight names "horse"'),
+        (prompt_to_prompt, {"reweight": {"horse": 2.0}}, 'does not contain "horse"'),
         (ddim_edit, {"xa_guidance": 0.1, "strength": 1.0}, "leave out strength, xa_guidance"),
     ],
 )

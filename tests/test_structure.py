@@ -7,9 +7,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {  # a module may import from its own package only modules of lower layers
-    "files": 0, "attention": 0, "engine": 0, "schedule": 0, "layers": 0, "images": 1, "unet": 1, "vae": 1, "text": 0,
-    "model": 2, "clip": 3, "memory": 3, "presets": 3, "directions": 3, "captions": 4, "metrics": 4, "inversion": 5,
-    "editing": 6, "sampling": 7, "methods": 8, "__init__": 9, "cli": 10,
+    "files": 0, "attention": 0, "engine": 0, "schedule": 0, "layers": 0, "text": 0,
+    "images": 1, "sentences": 1, "changes": 1, "unet": 1, "vae": 1,
+    "model": 2,
+    "recording": 3, "clip": 3, "memory": 3, "presets": 3, "tokens": 3, "directions": 3, "checks": 3,
+    "captions": 4, "maps": 4, "metrics": 4,
+    "inversion": 5,
+    "editing": 6,
+    "sampling": 7, "jobs": 7, "info": 7,
+    "methods": 8,
+    "__init__": 9,
+    "cli": 10,
 }  # fmt: skip
 
 
