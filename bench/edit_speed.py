@@ -82,7 +82,6 @@ from p2pz.vae import VAEConfig
 from p2pz.weights import MINI_FOLDER
 
 CAPTION, WORDS = "a photo of a cat", ("cat", "dog")
-SENTENCES = bank_sentences(*WORDS)
 GUIDANCE = 7.5
 TIMESTEP = 481  # of calls outside a loop
 LONG, SHORT = 3, 20  # repeats
@@ -190,6 +189,11 @@ class Setup:
         return torch.tensor(TIMESTEP, device=self.device)
 
 
+def sentences_of(setup: Setup) -> tuple[list[str], list[str]]:
+    """Those that `p2pz.direction` takes."""
+    return bank_sentences(*WORDS, mini=Path(setup.folder) == MINI_FOLDER)
+
+
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
@@ -268,7 +272,7 @@ class P2pz:
 
     def invert(self) -> Callable:
         latents, caption = self.encode()(), self.contexts[:1]
-        return lambda: invert_latents(self.model, latents, caption, self.settings, seeded(), False)
+        return lambda: invert_latents(self.model, latents, caption, self.settings, seeded(), False)[-1]
 
     def edit(self) -> Callable:
         noise, caption, edited = self.setup.noise(dtype=torch.float32), self.contexts[:1], self.contexts[1:]
@@ -316,7 +320,7 @@ class Diffusers:
     def encode_texts(self) -> Tensor:
         """States of the caption and of the edited caption."""
         caption = self.pipe.encode_prompt(CAPTION, self.setup.device, 1, False)[0]
-        source, target = (self.pipe.get_embeds(sentences) for sentences in SENTENCES)
+        source, target = (self.pipe.get_embeds(side) for side in sentences_of(self.setup))
         return torch.cat([caption, caption + target - source])
 
     @cached_property
@@ -402,7 +406,7 @@ class Diffusers:
     def total(self) -> Callable:
         def call() -> Image.Image:
             noise = self.inverted(self.setup.picture, prompt=CAPTION)
-            source, target = (self.pipe.get_embeds(sentences) for sentences in SENTENCES)
+            source, target = (self.pipe.get_embeds(side) for side in sentences_of(self.setup))
             texts = {"prompt": CAPTION, "negative_prompt": CAPTION, "source_embeds": source, "target_embeds": target}
             return self.edited(noise, **texts)[0]
 
@@ -800,7 +804,7 @@ class Bench:
                 return edit_latents(ours.model, noise.float(), contexts[:1], None, contexts[1:], settings, False)
 
             their_noise = theirs.inverted(start, prompt_embeds=contexts[:1])
-            our_noise = invert_latents(ours.model, start.float(), contexts[:1], ours.settings, seeded(), False)
+            our_noise = invert_latents(ours.model, start.float(), contexts[:1], ours.settings, seeded(), False)[-1]
             their_edit = theirs.edited_latents(their_noise.clone(), contexts)
             our_edit, reference = edit(their_noise)
             unguided, _ = edit(their_noise, replace(ours.settings, xa_guidance=0.0))

@@ -267,7 +267,7 @@ def test_compiled_walks_the_steps_of_an_edit(bench, tmp_path, monkeypatch, predi
     graphs.net = graphs.plain
     settings = replace(ours.settings, autocorrelation_strength=0.0, kl_strength=0.0, xa_guidance=0.0)
     start, (caption, edited) = ours.encode()(), ours.contexts.split(1)
-    noise = invert_latents(ours.model, start, caption, settings, bench.seeded(), False)
+    noise = invert_latents(ours.model, start, caption, settings, bench.seeded(), False)[-1]
     assert error(graphs.invert()(start), noise) < 1e-4 < 0.1 < error(start, noise)
     edit, reference = edit_latents(ours.model, noise, caption, None, edited, settings, False)
     assert error(graphs.edit()(noise), edit) < 1e-4 < 1e-2 < error(reference, edit)
