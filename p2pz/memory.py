@@ -25,7 +25,7 @@ VAE = 7.2
 MARGIN = 1.25
 # Libraries' work spaces (three streams, 32 MiB each on a Hopper), small tensors, and what the trial run before a
 # recording takes beside the memory of other graphs. With it the estimate for one image of 512 x 512, SD 1.5, float16,
-# all parts on the GPU, is 4.14 GiB; 4.04 were measured.
+# all parts on the GPU, is 4.14 GiB; 3.48 were measured since all recordings share one stream (4.04 before).
 FIXED = round(0.35 * GIB)
 
 
