@@ -305,8 +305,10 @@ def direction(
     elif sentences is not None:
         sentences = [read_sentences(side, name) for side, name in zip(sentences, ("source", "target"), strict=True)]
     model = model or load()
+    swap = [source_prompt(source), source_prompt(target)] if source and target else []
     if embeddings is not None:
         states = [_read_embeddings(Path(path), model) for path in embeddings]
+        plain = model.encode_text(swap) if swap else ()
     else:
         if language_model is not None:
             sentences = [
@@ -314,14 +316,10 @@ def direction(
             ]
         elif sentences is None:
             sentences = bank_sentences(source, target, mini=model.is_mini)
-        states = [model.encode_text(side).float() for side in sentences]
+        counts = [*map(len, sentences), len(swap)]
+        *states, plain = model.encode_text([*sentences[0], *sentences[1], *swap]).float().split(counts)
     means = [side.mean(0) for side in states]
-
-    swap = None
-    if source and target:
-        plain = model.encode_text([source_prompt(source), source_prompt(target)])
-        swap = plain[1] - plain[0]
-    report = direction_report(*states, swap)
+    report = direction_report(*states, plain[1] - plain[0] if swap else None)
     if report.within_noise:
         warnings.warn(
             f"this direction is hardly longer ({report.norm:.3g}) than what halves of its source sentences differ by "

@@ -454,20 +454,23 @@ def edit(
             batch = group[start : start + most]
             fresh = [i for i in batch if i in pictures]
             inversions = {i: items[i] for i in batch if i not in pictures}
+            captions = [prompts[i] for i in batch]
+            caption, weights = model.encode_text(captions), _map_weights(model, captions, token_weights)
             if fresh:
+                own = caption[[batch.index(i) for i in fresh]]
                 made = invert_pictures(
-                    model, [pictures[i] for i in fresh], [prompts[i] for i in fresh], numbers[0], seed, progress
+                    model, [pictures[i] for i in fresh], [prompts[i] for i in fresh], numbers[0], seed, progress, own
                 )
                 inversions |= zip(fresh, made, strict=True)
             for some in _alike(numbers, max(1, most // len(batch))):
                 edited, reconstructions = _edit_batch(
-                    model, [inversions[i] for i in batch], [prompts[i] for i in batch], negative_prompt,
-                    [directions[j] for j in some], [numbers[j] for j in some], progress, token_weights, attend, record,
+                    model, [inversions[i] for i in batch], caption, negative_prompt,
+                    [directions[j] for j in some], [numbers[j] for j in some], progress, weights, attend, record,
                 )  # fmt: skip
                 if record:
                     places = [i * len(directions) + j for j, i in itertools.product(some, batch)]
                     rows = [{"edit": k, "reference": k % len(batch)} for k in range(len(places))]
-                    record.finish(places, [prompts[i] for i in batch] * len(some), rows)
+                    record.finish(places, captions * len(some), rows)
                 for k, (j, i) in enumerate(itertools.product(some, batch)):
                     reconstruction = reconstructions[k % len(batch)]
                     quality = psnr(reconstruction, pictures[i]) if i in pictures else None
@@ -499,15 +502,25 @@ def as_direction(words: str | Direction, model: Model) -> Direction:
     return words
 
 
+def _map_weights(model: Model, captions: Sequence[str], factors: Mapping[str, float] | None) -> Tensor | None:
+    """Weights of the captions' tokens in the map loss, `[B, 77]`. Raises ValueError for one below zero."""
+    if not factors:
+        return None
+    weights = torch.stack([weigh_tokens(model, caption, factors) for caption in captions])
+    if weights.min() < 0:
+        raise ValueError(f"token_weights must be zero or more, not {weights.min():g}")
+    return weights
+
+
 def _edit_batch(
     model: Model,
     inversions: Sequence[Inversion],
-    prompts: Sequence[str],
+    caption: Tensor,
     negative_prompt: str | None,
     directions: Sequence[Direction],
     settings: Sequence[Settings],
     progress: bool | None,
-    token_weights: Mapping[str, float] | None,
+    token_weights: Tensor | None,
     attend: Attend,
     recorder: Recorder | None,
 ) -> tuple[list[Image.Image], list[Image.Image]]:
@@ -520,23 +533,18 @@ def _edit_batch(
                 f'steps={settings[0].steps}, or edit with reference="denoised", blend=0'
             )
     noise = torch.stack([inversion.latents for inversion in inversions]).to(model.device)
-    caption = model.encode_text(prompts)
     negative = None if negative_prompt is None else model.encode_text([negative_prompt]).expand_as(caption)
     deltas = [
         each.strength * direction.states.to(caption) for direction, each in zip(directions, settings, strict=True)
     ]
     edited = torch.cat([caption + delta for delta in deltas])
-    path = mask = weights = None
+    path = mask = None
     if settings[0].reference == "path":
         path = torch.stack([inversion.path for inversion in inversions], dim=1)
     if settings[0].blend:
         mask = mask_of_change(model, path, caption, edited, settings[0].blend)
-    if token_weights:
-        weights = torch.stack([weigh_tokens(model, prompt, token_weights) for prompt in prompts])
-        if weights.min() < 0:
-            raise ValueError(f"token_weights must be zero or more, not {weights.min():g}")
     latents, reference = edit_latents(
-        model, noise, caption, negative, edited, settings[0], progress, path, weights, attend, recorder
+        model, noise, caption, negative, edited, settings[0], progress, path, token_weights, attend, recorder
     )
     timestep = denoising_schedule(settings[0].steps).timesteps[0]
     start = noise.repeat(len(directions), 1, 1, 1)

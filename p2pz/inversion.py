@@ -214,6 +214,7 @@ def invert_pictures(
     settings: Settings,
     seed: int = 0,
     progress: bool | None = None,
+    context: Tensor | None = None,
     attend: Attend = plain,
     recorder: Recorder | None = None,
 ) -> list[Inversion]:
@@ -226,6 +227,7 @@ def invert_pictures(
         settings: the numbers.
         seed: of the regulariser's offsets and of the posterior's sample, the same for every picture.
         progress: show a bar; None: on a terminal only.
+        context: text states of the prompts, `[B, 77, d]`, if they are known already.
         attend, recorder: see `invert_latents`.
 
     Returns:
@@ -241,7 +243,7 @@ def invert_pictures(
         image_latents = model.encode_image(images)
     if model.is_mini:
         _warn_of_strangers(model, pictures, image_latents)
-    context = model.encode_text(prompts)
+    context = model.encode_text(prompts) if context is None else context
     path = invert_latents(model, image_latents, context, settings, generator, progress, attend, recorder)
     check_finite(path[-1], model, image_latents, _SCHEDULES[settings.inversion](settings.steps).timesteps[0], context)
     path = path.cpu()
@@ -320,7 +322,7 @@ def invert(
             batch = group[start : start + plan.images]
             done = invert_pictures(
                 plan.apply(model), [pictures[i] for i in batch], [prompts[i] for i in batch], numbers, seed, progress,
-                attend, record,
+                attend=attend, recorder=record,
             )  # fmt: skip
             if record:
                 record.finish(batch, [prompts[i] for i in batch], [{"inversion": i} for i in range(len(batch))])

@@ -109,7 +109,7 @@ def fingerprint(encoder: CLIPTextModel) -> str:
 
 @torch.no_grad()
 def encode_text(
-    tokenizer: CLIPTokenizer, encoder: CLIPTextModel, sentences: Sequence[str], batch_size: int = 64
+    tokenizer: CLIPTokenizer, encoder: CLIPTextModel, sentences: Sequence[str], batch_size: int = 128
 ) -> Tensor:
     """Hidden states of sentences, padded or cut to the encoder's context length.
 
