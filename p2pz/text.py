@@ -135,6 +135,7 @@ def encode_text(
         for sentence, ids in zip(batch, all_ids, strict=True):
             if len(ids) > length:
                 warnings.warn(f"only the first {length - 2} tokens count of: {sentence}", stacklevel=3)
-        padded = tokenizer(batch, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        states.append(encoder(padded.input_ids.to(encoder.device)).last_hidden_state)
+        padding = [tokenizer.pad_token_id] * length
+        rows = [[*ids[: length - 1], ids[-1]] if len(ids) > length else (ids + padding)[:length] for ids in all_ids]
+        states.append(encoder(torch.tensor(rows).to(encoder.device)).last_hidden_state)
     return torch.cat(states)
