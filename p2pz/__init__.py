@@ -1,5 +1,6 @@
 """pix2pix-zero image editing on a from-scratch Stable Diffusion."""
 
+from p2pz import changes, maps
 from p2pz.captions import caption
 from p2pz.directions import Direction, direction
 from p2pz.editing import EditResult, edit
@@ -17,11 +18,13 @@ __all__ = [
     "Inversion",
     "Model",
     "caption",
+    "changes",
     "ddim_edit",
     "direction",
     "edit",
     "invert",
     "load",
+    "maps",
     "prompt_to_prompt",
     "record",
     "sample",

@@ -1,4 +1,4 @@
-"""The command line: p2pz edit, sample, invert, direction, info and bench."""
+"""The command line: p2pz edit, sample, invert, direction, maps, info and bench."""
 
 from __future__ import annotations
 
@@ -232,6 +232,50 @@ def direction_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def maps_command(args: argparse.Namespace) -> int:
+    """`p2pz maps`: pictures of where the words of an image's caption look, and of what an edit makes of that."""
+    from p2pz import caption, direction, edit, invert, maps, record
+    from p2pz.images import read_image, save_image
+    from p2pz.inversion import prepare_pictures
+    from p2pz.presets import settings_for
+
+    edits = args.source is not None
+    if edits != (args.target is not None):
+        args.parser.error("give both --from and --to, or neither")
+    _check_settings(args)
+    names = ["words", "steps", "resolutions", "self_attention", *(["edit", "comparison"] if edits else [])]
+    (table, *outputs), _ = _outputs(["maps.safetensors", *(f"{name}.png" for name in names)], args.out, True)
+    picture = read_image(args.image)
+    model = _load(args)
+    start = time.perf_counter()
+    (picture,) = prepare_pictures([picture], model)
+    prompt = args.prompt or caption(picture, model=model)
+    words = maps.words_of(model, prompt)
+    if not words:
+        raise ValueError("the caption has no words: give a --prompt that says what the image shows")
+    last = settings_for(model, args.preset, steps=args.steps).steps - 1
+    states: maps.States = {}
+    recorder = record(tokens=[place for _, places in words for place in places])
+    looks = {"attend": maps.keep_states(states, "up_blocks", steps={0, last // 2, last}), "record": recorder}
+    options = {"model": model, "preset": args.preset, "steps": args.steps, "progress": _progress(args)}
+    inversion = invert(picture, prompt=prompt, seed=args.seed, **options, **({} if edits else looks))
+    edited = None
+    if edits:
+        edited = edit(inversion, direction(args.source, args.target, model=model), **options, **looks).image
+    (run,) = recorder.runs
+    branch = "reference" if edits else "inversion"
+    drawings = maps.word_sheet, maps.step_sheet, maps.resolution_sheet
+    sheets = [draw(run, picture, words, branch) for draw in drawings]
+    sheets.append(maps.state_sheet({site: kept for site, kept in states.items() if site.branch == branch}))
+    if edited:
+        sheets += [edited, maps.comparison_sheet(run, picture, edited, words)]
+    for sheet, output in zip(sheets, outputs, strict=True):
+        save_image(sheet, output)
+    run.save(table)
+    _say_written(args, table.parent, f'"{_one_line(prompt)}"', f"{len(sheets)} pictures and the maps", start=start)
+    return 0
+
+
 def info_command(args: argparse.Namespace) -> int:
     """`p2pz info`: what a checkpoint is and what it needs."""
     import torch
@@ -416,6 +460,7 @@ _EPILOGS = {
     "invert": "example: p2pz invert cat.png -o cat.safetensors\n         p2pz edit cat.safetensors --from cat --to dog",
     "direction": "example: p2pz direction --from cat --to dog -o cat2dog.safetensors\n"
     "         p2pz edit cat.png --direction cat2dog.safetensors",
+    "maps": "example: p2pz maps cat.png -o maps/\n         p2pz maps cat.png --from cat --to dog -o maps/",
     "info": "example: p2pz info path/to/stable-diffusion",
     "bench": "example: p2pz bench edit_speed --out results",
 }
@@ -499,6 +544,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_seed(direction, "of the language model's sentences")
     direction.add_argument("-o", "--out", required=True, help="file, .safetensors")
 
+    maps = command("maps", maps_command, "draw where words look", "IMG [--from WORDS --to WORDS] -o FOLDER")
+    maps.add_argument("image", metavar="IMG", help="image")
+    maps.add_argument("--prompt", metavar="TEXT", help="what the image shows (default: recognised)")
+    _add_concepts(maps)
+    maps.add_argument("-o", "--out", required=True, help="folder")
+    _add_run(maps, "default: the preset's")
+    _add_preset(maps)
+
     info = command("info", info_command, "tell what a checkpoint is and needs", "[MODEL]")
     info.add_argument("model", nargs="?", metavar="MODEL", help="Stable Diffusion (default: $P2PZ_MODEL, or bundled)")
 
@@ -508,7 +561,7 @@ def _parser() -> argparse.ArgumentParser:
         "options", nargs=argparse.REMAINDER, metavar="OPTIONS", help="of the benchmark; --help lists them"
     )
 
-    for sub in (edit, sample, invert, direction):
+    for sub in (edit, sample, invert, direction, maps):
         sub.add_argument(
             "--model", metavar="SOURCE", help="folder, .safetensors file or hub id (default: $P2PZ_MODEL, or bundled)"
         )
