@@ -68,7 +68,6 @@ from torch import Tensor
 
 import p2pz
 from p2pz.attention import keep_queries_and_keys
-from p2pz.directions import bank_sentences
 from p2pz.editing import edit_latents, map_gradient
 from p2pz.files import atomic_path
 from p2pz.images import to_pictures, to_tensor
@@ -77,6 +76,7 @@ from p2pz.kernels import regularise_noise
 from p2pz.kernels.regulariser import pyramid_heights
 from p2pz.presets import Settings, settings_for
 from p2pz.schedule import Schedule, ddim_step, denoising_schedule, inversion_schedule, to_epsilon
+from p2pz.sentences import bank_sentences
 from p2pz.unet import STABLE_DIFFUSION_1, STABLE_DIFFUSION_2_768, Conditioning, UNetConfig
 from p2pz.vae import VAEConfig
 from p2pz.weights import MINI_FOLDER

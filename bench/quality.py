@@ -12,6 +12,7 @@ To compare another method, add a row to `METHODS`: a function that is called as 
 """
 
 import argparse
+import copy
 import itertools
 import json
 import platform
@@ -31,7 +32,6 @@ from tqdm import tqdm
 
 import p2pz
 from p2pz.clip import load_mini_clip
-from p2pz.directions import source_prompt
 from p2pz.engine import Graphs
 from p2pz.images import to_tensor
 from p2pz.methods import swap_words
@@ -43,6 +43,7 @@ from p2pz.metrics import (
     mean_with_interval,
     structure_distance,
 )
+from p2pz.sentences import source_prompt
 from p2pz.unet import UNet
 from p2pz.weights import MINI_FOLDER, mini_world
 from p2pz.weights.judge import load_judge
@@ -305,8 +306,8 @@ def cost(run: TaskRun, method: Method, settings: dict[str, Any]) -> dict[str, fl
     source, caption = run.sources[0], run.captions[0]
 
     def edit_one(model: p2pz.Model) -> None:
-        one = TaskRun.__new__(TaskRun)
-        vars(one).update(vars(run), model=model, sources=[source], captions=[caption], inverted={})
+        one = copy.copy(run)
+        one.model, one.sources, one.captions, one.inverted = model, [source], [caption], {}
         one.edit(method, settings)
 
     evaluations, predict = [0], UNet.predict

@@ -205,7 +205,7 @@ def invert_command(args: argparse.Namespace) -> int:
 def direction_command(args: argparse.Namespace) -> int:
     """`p2pz direction`: two concepts, or two files of sentences or of embeddings, to a file for `p2pz edit`."""
     from p2pz import direction
-    from p2pz.directions import read_sentences
+    from p2pz.sentences import read_sentences
 
     concepts, files = (args.source, args.target), (args.source_sentences, args.target_sentences)
     embeddings = (args.source_embeddings, args.target_embeddings)

@@ -26,22 +26,8 @@ from p2pz.sentences import (
     is_medium,
     read_sentences,
     source_prompt,
-    with_article,
     write_sentences,
 )
-
-__all__ = [
-    "Direction",
-    "DirectionReport",
-    "bank_sentences",
-    "direction",
-    "direction_report",
-    "is_medium",
-    "parse_direction",
-    "read_sentences",
-    "source_prompt",
-    "with_article",
-]
 
 CLEARLY = 1.5
 """A direction is within the noise unless its norm is at least this multiple of what half of the sentences differ by."""
@@ -126,6 +112,11 @@ class Direction:
         ]
         formula = " ".join(parts)
         return f"-{formula[2:]}" if formula.startswith("-") else formula[2:]
+
+    @property
+    def is_style(self) -> bool:
+        """Whether it changes the style, not the subject."""
+        return is_medium(self.source) and is_medium(self.target)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with the direction's card in its metadata, whole or not at all.

@@ -27,7 +27,7 @@ from p2pz.attention import (
 )
 from p2pz.captions import captions_for
 from p2pz.checks import check_finite, edit_warnings
-from p2pz.directions import Direction, direction, is_medium, parse_direction, source_prompt
+from p2pz.directions import Direction, direction, parse_direction
 from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
 from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
@@ -36,6 +36,7 @@ from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.recording import Recorder, attend_in_step
 from p2pz.schedule import ddim_step, denoising_schedule
+from p2pz.sentences import source_prompt
 from p2pz.tokens import weigh_tokens
 from p2pz.unet import Conditioning
 
@@ -172,16 +173,16 @@ def mask_of_change(model: Model, path: Tensor, caption: Tensor, edited: Tensor, 
     steps, images = len(path) - 1, len(caption)
     copies = len(edited) // images
     schedule = denoising_schedule(steps)
+    indices = [round(share * (steps - 1)) for share in MASK_SHARES]
     change = torch.zeros(len(edited), 1, *path.shape[3:], device=model.device)
-    shifts, keys_values = model.condition(schedule.timesteps, torch.cat([caption, edited]))
+    shifts, keys_values = model.condition(schedule.timesteps[indices], torch.cat([caption, edited]))
 
     def predict(latents: Tensor, shifts: Tensor, keys_values: Tensor) -> Tensors:
         return [model.predict(latents.repeat(1 + copies, 1, 1, 1), Conditioning(shifts, keys_values))]
 
-    for share in MASK_SHARES:
-        index = round(share * (steps - 1))
+    for index, shift in zip(indices, shifts, strict=True):
         latents = path[steps - index].to(model.device)
-        (noise,) = model.graphs.call(("mask", id(model.unet)), predict, [latents, shifts[index], keys_values])
+        (noise,) = model.graphs.call(("mask", id(model.unet)), predict, [latents, shift, keys_values])
         own, others = noise[:images], noise[images:]
         change += (others - own.repeat(copies, 1, 1, 1)).square().mean(1, keepdim=True)
     change = F.avg_pool2d(F.pad(change, (1, 1, 1, 1), mode="replicate"), 3, 1).sqrt()
@@ -190,12 +191,12 @@ def mask_of_change(model: Model, path: Tensor, caption: Tensor, edited: Tensor, 
     return F.max_pool2d(mask, 3, 1, 1)
 
 
-def parts_of_edit(images: int, edits: int, pairs: bool, reference_pairs: bool, ahead: int = 1) -> list[Part]:
+def parts_of_edit(images: int, edits: int, pairs: bool, reference_pairs: bool) -> list[Part]:
     """The rows of a step of the edit: first those of the edits, last those of the reference, which is a step ahead."""
     halves = ("negative", "conditional")
     return [
         *(Part(edits, "edit", half) for half in halves[1 - pairs :]),
-        *(Part(images, "reference", half, ahead) for half in halves[1 - reference_pairs :]),
+        *(Part(images, "reference", half, ahead=1) for half in halves[1 - reference_pairs :]),
     ]
 
 
@@ -429,10 +430,7 @@ def edit(
     if steps is None and len(inversion_steps) == 1:
         steps = inversion_steps.pop()
     settings |= {"steps": steps, "strength": strength, "guidance": guidance, "xa_guidance": xa_guidance}
-    numbers = [
-        settings_for(model, preset, style=is_medium(each.source) and is_medium(each.target), **settings)
-        for each in directions
-    ]
+    numbers = [settings_for(model, preset, style=each.is_style, **settings) for each in directions]
     if negative_prompt is not None and numbers[0].guidance == 1:
         warnings.warn("a negative prompt does nothing at guidance 1: give a larger guidance too", stacklevel=3)
 
@@ -467,11 +465,12 @@ def edit(
                     model, [inversions[i] for i in batch], caption, negative_prompt,
                     [directions[j] for j in some], [numbers[j] for j in some], progress, weights, attend, record,
                 )  # fmt: skip
+                made_of = list(itertools.product(some, batch))
                 if record:
-                    places = [i * len(directions) + j for j, i in itertools.product(some, batch)]
-                    rows = [{"edit": k, "reference": k % len(batch)} for k in range(len(places))]
-                    record.finish(places, captions * len(some), rows)
-                for k, (j, i) in enumerate(itertools.product(some, batch)):
+                    order = [i * len(directions) + j for j, i in made_of]
+                    own_rows = [{"edit": k, "reference": k % len(batch)} for k in range(len(made_of))]
+                    record.finish(order, captions * len(some), own_rows)
+                for k, (j, i) in enumerate(made_of):
                     reconstruction = reconstructions[k % len(batch)]
                     quality = psnr(reconstruction, pictures[i]) if i in pictures else None
                     unchanged = inversions[i].picture if numbers[j].blend else reconstruction

@@ -246,8 +246,8 @@ def invert_pictures(
     context = model.encode_text(prompts) if context is None else context
     path = invert_latents(model, image_latents, context, settings, generator, progress, attend, recorder)
     check_finite(path[-1], model, image_latents, _SCHEDULES[settings.inversion](settings.steps).timesteps[0], context)
-    path = path.cpu()
     keep = settings.reference == "path"
+    path = (path if keep else path[[0, -1]]).cpu()
     return [
         Inversion(
             latents[-1], latents[0], prompt, settings.steps, model.text_fingerprint,

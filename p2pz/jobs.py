@@ -18,7 +18,7 @@ import torch.distributed
 from PIL import Image
 
 from p2pz.captions import Captioner
-from p2pz.directions import Direction, is_medium
+from p2pz.directions import Direction
 from p2pz.editing import EditResult, edit
 from p2pz.files import atomic_path
 from p2pz.images import read_image, to_original_size, working_size
@@ -211,8 +211,7 @@ def _record(
     words = {"direction": direction.words, "preset": options["preset"]}
     if options.get("negative_prompt") is not None:
         words["negative_prompt"] = options["negative_prompt"]
-    style = is_medium(direction.source) and is_medium(direction.target)
-    settings = settings_for(tools.model, options["preset"], style=style, **numbers)
+    settings = settings_for(tools.model, options["preset"], style=direction.is_style, **numbers)
     return Record(
         str(task.image),
         str(task.output),

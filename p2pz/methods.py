@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from p2pz.attention import Attend, Site
-from p2pz.directions import Direction, parse_direction, source_prompt, with_article
+from p2pz.directions import Direction, parse_direction
 from p2pz.editing import EditResult, edit, edit_latents, guided, image_size, prompts_for
 from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures, to_tensor
@@ -28,6 +28,7 @@ from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.sampling import sample_latents
 from p2pz.schedule import ddim_step, denoising_schedule
+from p2pz.sentences import source_prompt, with_article
 from p2pz.tokens import tokens_of, weigh_tokens
 from p2pz.unet import Conditioning
 

@@ -100,12 +100,16 @@ class Recorder:
     dtype: torch.dtype
     host: bool
     max_gib: float
-    runs: list[Recorded] = field(default_factory=list)
     _places: dict[int, Recorded] = field(default_factory=dict, repr=False)
     _tables: dict[tuple[str, str, str], Tensor] = field(default_factory=dict, repr=False)
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
     _timesteps: dict[int, int] = field(default_factory=dict, repr=False)
     _bytes: int = field(default=0, repr=False)
+
+    @property
+    def runs(self) -> list[Recorded]:
+        """What was kept, in the order of the results."""
+        return [self._places[place] for place in sorted(self._places)]
 
     @property
     def key(self) -> Hashable:
@@ -115,7 +119,7 @@ class Recorder:
     def clear(self) -> None:
         """Forget what was kept: a new call begins."""
         self._places.clear()
-        self.runs, self._bytes = [], 0
+        self._bytes = 0
 
     def _parts(self, parts: Sequence[Part]) -> list[tuple[slice, Part]]:
         """The parts of a batch that are wanted, and their rows."""
@@ -302,7 +306,6 @@ class Recorder:
             tokens = self.tokens or tuple(range(next(iter(self._tables.values())).shape[-1]))
             times = tuple(self._timesteps), tuple(self._timesteps.values())
             self._places[place] = Recorded(maps, self._sites, *times, tokens, prompt)
-        self.runs = [self._places[place] for place in sorted(self._places)]
         self._tables = {}
 
 
