@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from p2pz.images import psnr
 from p2pz.model import Model
-from p2pz.unet import Conditioning
 
 LOWEST_RECONSTRUCTION = 18.0
 """In dB. Below it, the edit starts from another picture. The bundled model's scenes come back at 24 to 34 dB, whatever
@@ -85,8 +84,8 @@ def first_layer_with_nan(model: Model, latents: Tensor, timestep: Tensor, contex
     hooks = [module.register_forward_pre_hook(enters) for module in names]
     hooks += [module.register_forward_hook(leaves) for module in names]
     try:
-        shifts, keys_values = model.condition(timestep.reshape(1), context, latents.shape[2:])
-        model.predict(latents.to(model.device), Conditioning(shifts[0], keys_values))
+        conditioning = model.condition(timestep.expand(len(latents)), context, latents.shape[2:])
+        model.predict(latents.to(model.device), conditioning.one_each())
     finally:
         for hook in hooks:
             hook.remove()

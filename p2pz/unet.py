@@ -215,8 +215,12 @@ class Conditioning(NamedTuple):
     keys_values: Tensor
 
     def of(self, rows: slice) -> "Conditioning":
-        """Of some images of the batch."""
+        """Those of some images of the batch."""
         return Conditioning(self.shifts if self.shifts.ndim == 1 else self.shifts[rows], self.keys_values[rows])
+
+    def one_each(self) -> "Conditioning":
+        """Of what `UNet.condition` returns for B timesteps and B texts, those of the first with the first and so on."""
+        return Conditioning(self.shifts.diagonal().T if self.shifts.ndim == 3 else self.shifts, self.keys_values)
 
 
 class Layers(NamedTuple):
@@ -562,10 +566,8 @@ class UNet(nn.Module):
         Returns:
             `[B, out_channels, h, w]`: the noise, or v for a v-prediction checkpoint.
         """
-        shifts, keys_values = self.condition(timesteps.expand(len(latents)), context, image_size)
-        if shifts.ndim == 3:  # of every timestep with every text: image i has timestep i and text i
-            shifts = shifts.diagonal().T
-        return self.predict(latents, Conditioning(shifts, keys_values), attend)
+        conditioning = self.condition(timesteps.expand(len(latents)), context, image_size)
+        return self.predict(latents, conditioning.one_each(), attend)
 
     def predict(
         self, latents: Tensor, conditioning: Conditioning, attend: Attend = attend, checkpoint: bool = False

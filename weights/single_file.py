@@ -250,7 +250,7 @@ def open_single_file(path: Path) -> Checkpoint:
     second = rename(parts["text_encoder_2"], XL_2.text_names, path)
     if "text_projection" in second:  # it multiplies from the right there
         projection = second.pop("text_projection")
-        second["text_projection.weight"] = projection.T if projection.ndim == 2 else projection
+        second["text_projection.weight"] = projection.T.contiguous() if projection.ndim == 2 else projection
     configured = {
         "unet": (_unet_config(unet, family), unet),
         "vae": (_vae_config(vae, family), vae),
