@@ -78,9 +78,13 @@ def build(randomise):
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, set_alpha_to_one=False,
         clip_sample=False,
     )  # fmt: skip
+    unet = randomise(UNet2DConditionModel(**SMALL))
+    for name, weight in unet.named_parameters():  # so that the pooled text matters
+        if name.endswith(("time_emb_proj.weight", "add_embedding.linear_1.weight", "add_embedding.linear_2.weight")):
+            weight *= 4.0
     pipe = StableDiffusionXLPipeline(
-        randomise(vae), randomise(encoder), randomise(encoder_2), tokenizer, tokenizer_2,
-        randomise(UNet2DConditionModel(**SMALL)), scheduler, add_watermarker=False,
+        randomise(vae), randomise(encoder), randomise(encoder_2), tokenizer, tokenizer_2, unet, scheduler,
+        add_watermarker=False,
     )  # fmt: skip
     return quiet(pipe)
 
@@ -414,12 +418,15 @@ def test_other_methods_and_recording(model, pictures, directions):
     assert len(maps) == 70 and {x.shape[-1] for x in maps.values()} == {77}
 
 
-def test_map_guidance_covers_all_layers(model):
+def test_map_guidance_covers_all_layers(model, assert_close):
     """The gradient of the latents from the maps of all layers, checkpointed or not, is finite and the same."""
     latents, start = torch.randn(2, 1, 4, 16, 16).unbind(0)
     states, kept = model.encode_text(["a photo of a cat", "a photo of a dog"]), {}
     shifts, keys_values = model.condition(torch.tensor([401]), states, (16, 16))
     both = Conditioning(shifts[0], keys_values)
+    alone = model.condition(torch.tensor([401]), states[1:], (16, 16))
+    assert_close(both.of(slice(1, 2)).shifts, alone.shifts[0], 1e-6)
+    assert_close(both.of(slice(1, 2)).keys_values, alone.keys_values, 1e-6)
     model.predict(start, both.of(slice(1)), keep_queries_and_keys(kept))
     assert list(kept) == model.unet.cross_attention_paths and len(kept) == 70
     gradients = [
