@@ -60,12 +60,14 @@ def load_text_encoder(component: Component, projection: bool = False) -> CLIPTex
     except Exception as error:  # transformers raises a dozen kinds for settings that are not what they should be
         raise CheckpointError(f"{component.config_path} describes no text encoder: {_reason(error)}") from None
     body = getattr(encoder, "text_model", encoder)  # before transformers 5.6 the model had one inside
-    tensors = component.tensors
     if projection:
-        names = {name: name if name.startswith("text_projection.") else f"text_model.{name}" for name in tensors}
-        fill(encoder, {names[name]: tensor for name, tensor in tensors.items()}, component.path, component.layout)
+        tensors = {  # with the prefix that the files of one text encoder may lack
+            name if name.startswith("text_projection.") else f"text_model.{name}": tensor
+            for name, tensor in component.tensors.items()
+        }
+        fill(encoder, tensors, component.path, component.layout)
     else:
-        fill(body, tensors, component.path, component.layout)
+        fill(body, component.tensors, component.path, component.layout)
     body.embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings)[None]  # in no file
     return encoder.eval().requires_grad_(False)
 
