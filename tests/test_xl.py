@@ -81,7 +81,7 @@ def build(randomise):
     unet = randomise(UNet2DConditionModel(**SMALL))
     for name, weight in unet.named_parameters():  # so that the pooled text matters
         if name.endswith(("time_emb_proj.weight", "add_embedding.linear_1.weight", "add_embedding.linear_2.weight")):
-            weight *= 4.0
+            weight *= 2.0
     pipe = StableDiffusionXLPipeline(
         randomise(vae), randomise(encoder), randomise(encoder_2), tokenizer, tokenizer_2, unet, scheduler,
         add_watermarker=False,
