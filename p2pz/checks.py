@@ -84,7 +84,8 @@ def first_layer_with_nan(model: Model, latents: Tensor, timestep: Tensor, contex
     hooks = [module.register_forward_pre_hook(enters) for module in names]
     hooks += [module.register_forward_hook(leaves) for module in names]
     try:
-        model.predict(latents.to(model.device), model.condition(timestep.expand(len(latents)), context))
+        conditioning = model.condition(timestep.expand(len(latents)), context, latents.shape[2:])
+        model.predict(latents.to(model.device), conditioning.one_each())
     finally:
         for hook in hooks:
             hook.remove()

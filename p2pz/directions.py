@@ -346,7 +346,7 @@ def _read_embeddings(path: Path, model: Model) -> Tensor:
     except Exception as error:  # what is no file of PyTorch raises almost anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"embeddings {path} cannot be read: {reason}") from None
-    length, width = model.tokenizer.model_max_length, model.text_encoder.config.hidden_size
+    length, width = model.text_shape
     if not isinstance(states, Tensor) or states.ndim != 3 or not states.is_floating_point() or len(states) == 0:
         found = f"a tensor {list(states.shape)}" if isinstance(states, Tensor) else f"a {type(states).__name__}"
         raise ValueError(f"embeddings {path} must be a tensor [sentences, {length}, {width}], but they are {found}")

@@ -175,7 +175,8 @@ def mask_of_change(model: Model, path: Tensor, caption: Tensor, edited: Tensor, 
     schedule = denoising_schedule(steps)
     indices = [round(share * (steps - 1)) for share in MASK_SHARES]
     change = torch.zeros(len(edited), 1, *path.shape[3:], device=model.device)
-    shifts, keys_values = model.condition(schedule.timesteps[indices], torch.cat([caption, edited]))
+    states = torch.cat([caption, edited])
+    shifts, keys_values = model.condition(schedule.timesteps[indices], states, path.shape[3:])
 
     def predict(latents: Tensor, shifts: Tensor, keys_values: Tensor) -> Tensors:
         return [model.predict(latents.repeat(1 + copies, 1, 1, 1), Conditioning(shifts, keys_values))]
@@ -249,7 +250,8 @@ def edit_latents(
     reference_texts = torch.cat([negative_states, caption]) if reference_pairs else caption
 
     schedule = denoising_schedule(steps)
-    shifts, keys_values = model.condition(schedule.timesteps, torch.cat([edit_texts, reference_texts]))
+    texts = torch.cat([edit_texts, reference_texts])
+    shifts, keys_values = model.condition(schedule.timesteps, texts, noise.shape[2:])
     edit_rows, reference_rows = len(edit_texts), len(reference_texts)
     # One row more for the reference, which is a step ahead: after the last step it stands still.
     shifts = torch.cat([shifts, shifts[-1:]])
@@ -298,7 +300,7 @@ def edit_latents(
         kept: QueriesAndKeys = {}
         maps: list[Tensor] = []
         told = attend_in_step(attend, recorder, first_parts, index, schedule.timesteps, maps)
-        conditioning = Conditioning(shifts[0], keys_values[edit_rows:])
+        conditioning = Conditioning(shifts[0], keys_values).of(slice(edit_rows, None))
         prediction = model.predict(halves(noise, reference_pairs), conditioning, keep_queries_and_keys(kept, told))
         reference = step_reference(noise, prediction, alphas[0], scales, unpack(constants)[0], index)
         return [reference, *reference_queries(kept), *maps]
@@ -316,7 +318,7 @@ def edit_latents(
                 path: (_spread(q, images, copies, followed), _spread(k, images, copies, followed))
                 for q, (path, k) in zip(queries[:layers], model.unet.keys(keys_values[edit_rows:]).items(), strict=True)
             }
-            conditioning = Conditioning(now, keys_values[edit_rows - len(start) : edit_rows])
+            conditioning = Conditioning(now, keys_values).of(slice(edit_rows - len(start), edit_rows))
             told = attend_by_parts(attend, guided_parts, index, schedule.timesteps, guiding=True)
             gradient = map_gradient(model, start, conditioning, references, told, settings.resolution_weights, weights)
             if followed == 1:
@@ -330,7 +332,8 @@ def edit_latents(
         kept: QueriesAndKeys = {}
         maps: list[Tensor] = []
         inputs = torch.cat([moved, halves(reference, reference_pairs)])
-        conditions = torch.cat([now.expand(edit_rows, -1), later.expand(reference_rows, -1)])
+        now, later = (shift.expand(len(texts), -1) for shift in (now, later))
+        conditions = torch.cat([now[:edit_rows], later[edit_rows:]])
         told = attend_in_step(attend, recorder, parts, index, schedule.timesteps, maps)
         prediction = model.predict(inputs, Conditioning(conditions, keys_values), keep_queries_and_keys(kept, told))
         noise = model.to_noise(prediction[:edit_rows], moved, alphas_now[0])
@@ -345,7 +348,7 @@ def edit_latents(
     graphs = model.graphs if attend is plain else Graphs(record=False)
     empty_maps, each = [], None
     if recorder:
-        empty_maps = recorder.begin(model.unet, parts, noise, schedule.timesteps, caption.shape[1])
+        empty_maps = recorder.begin(model.unet, parts, noise, schedule.timesteps, keys_values.shape[1])
 
         def each(i: int, state: Tensors) -> None:
             recorder.take(i, parts, state[2 + layers :])
@@ -532,7 +535,7 @@ def _edit_batch(
                 f'steps={settings[0].steps}, or edit with reference="denoised", blend=0'
             )
     noise = torch.stack([inversion.latents for inversion in inversions]).to(model.device)
-    negative = None if negative_prompt is None else model.encode_text([negative_prompt]).expand_as(caption)
+    negative = None if negative_prompt is None else model.encode_negative([negative_prompt]).expand_as(caption)
     deltas = [
         each.strength * direction.states.to(caption) for direction, each in zip(directions, settings, strict=True)
     ]

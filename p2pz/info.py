@@ -9,11 +9,16 @@ import torch
 from safetensors import safe_open
 
 from p2pz.editing import followed_rows
-from p2pz.memory import Plan, Work
+from p2pz.memory import Plan, work_for
 from p2pz.model import GIB, Model
 from p2pz.presets import settings_for
 
-FAMILIES = {128: "the bundled model's", 768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
+FAMILIES = {
+    128: "the bundled model's",
+    768: "Stable Diffusion 1.x",
+    1024: "Stable Diffusion 2.x",
+    2048: "Stable Diffusion XL",
+}
 """By the width of the text states."""
 
 
@@ -26,8 +31,10 @@ def describe(model: Model) -> dict[str, str]:
     Returns:
         Name of the fact to text.
     """
-    unet, vae, encoder = model.unet.config, model.vae.config, model.text_encoder.config
-    parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    unet, vae = model.unet.config, model.vae.config
+    encoders = model.text_encoders
+    names = "text_encoder", "text_encoder_2"
+    parts = {"unet": model.unet, "vae": model.vae} | dict(zip(names, encoders, strict=False))
     parameters = {name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()}
     size, side = model.native_size, unet.sample_size
     facts = {
@@ -35,27 +42,19 @@ def describe(model: Model) -> dict[str, str]:
         "family": FAMILIES.get(unet.context_channels, f"unknown, text states of width {unet.context_channels}"),
         "predicts": {"epsilon": "the noise (epsilon)", "v_prediction": "v (v_prediction)"}[model.prediction_type],
         "trained at": f"{size} x {size} pixels, latents {vae.latent_channels} x {side} x {side}; other sizes work",
-        "text states": f"{encoder.num_hidden_layers} layers, width {encoder.hidden_size}, "
-        f"fingerprint {model.text_fingerprint}",
+        "text states": " and ".join(
+            f"{encoder.config.num_hidden_layers} layers, width {encoder.config.hidden_size}" for encoder in encoders
+        )
+        + f", fingerprint {model.text_fingerprint}",
     }
     for name, count in parameters.items():
         facts[name] = ", ".join([f"{count / 1e6:,.1f} M parameters", *_files(model.folder, name)])
     if model.folder.is_file():
         facts["file"] = _file_facts(model.folder)
 
-    element = torch.float16.itemsize
     settings = settings_for(model, "p2pz")
-    work = Work(
-        *(count * element for count in parameters.values()),
-        height=side,
-        width=side,
-        channels=unet.block_out_channels[0],
-        vae_channels=vae.block_out_channels[0],
-        downsampling=vae.downsampling,
-        element=element,
-        rows=2 + (settings.guidance != 1),
-        guided_rows=followed_rows(settings),
-    )
+    guided = followed_rows(settings)
+    work = work_for(model, (size, size), rows=2 + (settings.guidance != 1), guided_rows=guided, dtype=torch.float16)
     one, eight, least = (work.needed(plan) / GIB for plan in (Plan(1), Plan(8), Plan(1, offload=True, checkpoint=True)))
     facts["memory"] = (
         f"an edit on a GPU takes about {one:.1f} GiB in float16, eight at once {eight:.1f}; "

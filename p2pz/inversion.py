@@ -166,14 +166,15 @@ def invert_latents(
         if recorder:
             recorder.take(i, parts, state[1:])
 
-    constants = [*model.condition(schedule.timesteps, context), schedule.alphas]
+    conditioning = model.condition(schedule.timesteps, context, image_latents.shape[2:])
+    constants = [*conditioning, schedule.alphas]
     if any(strengths):
         offsets = [draw_offsets(generator, settings, *image_latents.shape[1:3]) for _ in range(len(schedule))]
         constants.append(torch.stack(offsets))
     constants = [tensor.to(model.device) for tensor in constants]
     state = [image_latents]
     if recorder:
-        state += recorder.begin(model.unet, parts, image_latents, schedule.timesteps, context.shape[1])
+        state += recorder.begin(model.unet, parts, image_latents, schedule.timesteps, conditioning.keys_values.shape[1])
     kind = "invert", id(model.unet), *strengths, settings.form, recorder and recorder.key
     graphs = model.graphs if attend is plain else Graphs(record=False)
     graphs.run(kind, step, state, constants, len(schedule), "inverting", hide(progress), each)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from p2pz.model import GIB, Model
+from p2pz.model import GIB, Model, vae_dtype
 
 # What the UNet takes for each row of its batch, in feature maps of its finest level (`[channels, h, w]` of a latent,
 # 2.5 MiB for SD 1.5 at 64 x 64 in float16), so that one number serves all sizes and dtypes. Measured on an H200 with
@@ -18,6 +18,9 @@ from p2pz.model import GIB, Model
 FORWARD, GRADIENT, CHECKPOINTED = 48.0, 266.0, 80.0
 # What an edit keeps between passes for each row: queries of the reference, its keys and values, where graphs read them.
 KEPT = 20.0
+# How many times as many maps Stable Diffusion XL takes for a gradient, and keeps, as 1.5: adding up what autograd saves
+# on the meta device gives 508 maps instead of 277, checkpointed 101 instead of 52. Not measured on a GPU.
+XL_DEPTH = 1.9
 # What the VAE takes for one image, in its own finest feature maps (`[channels, H, W]` of the picture): 0.45 GiB for
 # the decoder at 512 x 512, 0.40 for the encoder.
 VAE = 7.2
@@ -70,6 +73,8 @@ class Work:
         element: bytes of an element of weights and activations.
         rows: of the largest forward pass, for each image (and direction).
         guided_rows: of them with a gradient; 0 without map guidance.
+        vae_element: bytes of an element in the VAE; None: as elsewhere.
+        depth: of the UNet's transformers, as a factor of what a gradient takes, see `XL_DEPTH`.
     """
 
     unet: int
@@ -83,13 +88,16 @@ class Work:
     element: int
     rows: int
     guided_rows: int
+    vae_element: int | None = None
+    depth: float = 1.0
 
     def working(self, plan: Plan) -> tuple[int, int]:
         """Bytes beside the weights: those that the UNet takes, and those that the VAE takes."""
-        gradient = self.guided_rows * (CHECKPOINTED if plan.checkpoint else GRADIENT)
-        maps = plan.images * (max(self.rows * FORWARD, gradient) + self.rows * KEPT)
-        element = MARGIN * self.height * self.width * self.element
-        return round(maps * self.channels * element), round(VAE * self.downsampling**2 * self.vae_channels * element)
+        gradient = self.guided_rows * self.depth * (CHECKPOINTED if plan.checkpoint else GRADIENT)
+        maps = plan.images * (max(self.rows * FORWARD, gradient) + self.rows * self.depth * KEPT)
+        latents = MARGIN * self.height * self.width
+        vae = VAE * self.downsampling**2 * self.vae_channels * (self.vae_element or self.element)
+        return round(maps * self.channels * self.element * latents), round(vae * latents)
 
     def needed(self, plan: Plan) -> int:
         """Bytes that a plan takes at most."""
@@ -136,19 +144,33 @@ def plan_for(model: Model, size: tuple[int, int], most: int, rows: int, guided_r
     """
     if model.max_memory is None:
         return Plan(most)
-    downsampling = model.vae.config.downsampling
-    work = Work(
-        *(_bytes(module) for module in (model.unet, model.vae, model.text_encoder)),
+    return work_for(model, size, rows, guided_rows, model.dtype).plan(most, model.max_memory)
+
+
+def work_for(model: Model, size: tuple[int, int], rows: int, guided_rows: int, dtype: torch.dtype) -> Work:
+    """What is to be done with a model, in numbers.
+
+    Args:
+        model, size, rows, guided_rows: see `plan_for`.
+        dtype: of the weights when it works, whatever it is now.
+    """
+    unet, downsampling = model.unet.config, model.vae.config.downsampling
+    element, vae_element = dtype.itemsize, vae_dtype(unet, model.vae.config, dtype).itemsize
+    return Work(
+        _elements(model.unet) * element,
+        _elements(model.vae) * vae_element,
+        _elements(model.text_encoder) * element,
         *(side // downsampling for side in size),
-        channels=model.unet.config.block_out_channels[0],
+        channels=unet.block_out_channels[0],
         vae_channels=model.vae.config.block_out_channels[0],
         downsampling=downsampling,
-        element=model.dtype.itemsize,
+        element=element,
         rows=rows,
         guided_rows=guided_rows,
+        vae_element=vae_element,
+        depth=XL_DEPTH if unet.pooled_channels else 1.0,
     )
-    return work.plan(most, model.max_memory)
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -262,7 +262,7 @@ def sdedit(
         negative = None
         if batch.settings.guidance != 1:
             negatives = batch.prompts if negative_prompt is None else [negative_prompt] * len(batch.items)
-            negative = model.encode_text(negatives)
+            negative = model.encode_negative(negatives)
         context = model.encode_text(batch.targets)
         latents = sdedit_latents(
             model, image_latents, noise, negative, context, batch.settings, noise_strength, progress
@@ -533,7 +533,7 @@ def prompt_to_prompt_latents(
     pairs = settings.guidance != 1
     schedule = denoising_schedule(settings.steps)
     texts = [caption, caption, swapped] if pairs else [caption, swapped]
-    shifts, keys_values = model.condition(schedule.timesteps, torch.cat(texts))
+    shifts, keys_values = model.condition(schedule.timesteps, torch.cat(texts), noise.shape[2:])
     alphas, guidance = schedule.alphas.to(model.device), torch.tensor(settings.guidance, device=model.device)
     until = [round(share * settings.steps) for share in (cross_steps, self_steps)]
     half_size = -(-height // 2) * -(-width // 2)  # 32 x 32 for latents of 64 x 64

@@ -22,6 +22,7 @@ from p2pz.unet import Conditioning, UNet, UNetConfig
 from p2pz.vae import VAE, VAEConfig
 from p2pz.weights import (
     MINI_FOLDER,
+    Checkpoint,
     CheckpointError,
     Component,
     fill,
@@ -49,6 +50,7 @@ class Model:
         unet, vae, text_encoder, tokenizer: the parts.
         prediction_type: what the UNet predicts, `"epsilon"` or `"v_prediction"`.
         text_fingerprint: short name of the text encoder's weights; directions carry it.
+        tokenizer_2: of the second text encoder, if there are two (SDXL); `text_encoder` is then a list of both.
         max_memory: bytes of GPU memory that it may take, see `p2pz.memory`; None: any.
         checkpoint: the gradient of the map guidance computes activations again instead of keeping them.
         graphs: work that was recorded for repetition on a GPU.
@@ -57,10 +59,11 @@ class Model:
     folder: Path
     unet: UNet
     vae: VAE
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | nn.ModuleList
     tokenizer: CLIPTokenizer
     prediction_type: str
     text_fingerprint: str
+    tokenizer_2: CLIPTokenizer | None = None
     max_memory: int | None = None
     checkpoint: bool = False
     graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False)
@@ -79,6 +82,17 @@ class Model:
     def native_size(self) -> int:
         """Width and height in pixels of the images the UNet was trained on; other sizes work."""
         return self.unet.config.sample_size * self.vae.config.downsampling
+
+    @property
+    def text_encoders(self) -> list[CLIPTextModel]:
+        """The one, or SDXL's two."""
+        return list(self.text_encoder) if self.tokenizer_2 is not None else [self.text_encoder]
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """Rows and width of the text states of a sentence, see `encode_text`."""
+        unet = self.unet.config
+        return self.tokenizer.model_max_length + (unet.pooled_channels > 0), unet.context_channels
 
     @property
     def is_mini(self) -> bool:
@@ -111,9 +125,9 @@ class Model:
             torch.cuda.empty_cache()
 
     def encode_text(self, sentences: Sequence[str]) -> Tensor:
-        """Text states `[len(sentences), 77, d]`. Raises ValueError if there are no sentences.
+        """Text states `[len(sentences), 77, d]`; SDXL's have a row more, see `p2pz.text.encode_text_twice`.
 
-        Warns of words that the bundled model has never seen; they mean nothing to it.
+        Raises ValueError if there are no sentences. Warns of words that the bundled model has never seen.
         """
         unknown = set(re.findall(r"[^\W\d_]+", " ".join(sentences).lower())) - set(mini_world.VOCABULARY)
         if self.is_mini and unknown:
@@ -123,7 +137,17 @@ class Model:
                 stacklevel=4,
             )
         with self.at_work(self.text_encoder):
+            if self.tokenizer_2 is not None:
+                tokenizers = self.tokenizer, self.tokenizer_2
+                return text.encode_text_twice(tokenizers, self.text_encoder, sentences)
             return text.encode_text(self.tokenizer, self.text_encoder, sentences)
+
+    def encode_negative(self, sentences: Sequence[str]) -> Tensor:
+        """Text states of negative prompts. Those of an empty one are zeros for SDXL, as it was trained."""
+        states = self.encode_text(sentences)
+        if self.tokenizer_2 is not None:
+            states[[not sentence for sentence in sentences]] = 0
+        return states
 
     @torch.no_grad()
     def encode_image(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -136,7 +160,7 @@ class Model:
         Returns:
             `[B, 4, h, w]` float32, about unit variance.
         """
-        images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
+        images = images.to(self.device, self.vae.quant_conv.weight.dtype, memory_format=torch.channels_last)
         with self.at_work(self.vae) as graphs:  # one by one, because each takes much memory
             moments = [graphs.call(("encode", id(self.vae)), self.vae.encode, [image]) for image in images.split(1)]
         latents, log_variance = (torch.cat(parts).float() for parts in zip(*moments, strict=True))
@@ -148,16 +172,27 @@ class Model:
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` float32 in [-1, 1] of scaled latents `[B, 4, h, w]`."""
-        latents = (latents / self.vae.config.scaling_factor).to(self.dtype, memory_format=torch.channels_last)
+        latents = latents / self.vae.config.scaling_factor
+        latents = latents.to(self.vae.quant_conv.weight.dtype, memory_format=torch.channels_last)
         with self.at_work(self.vae) as graphs:
             kind = "decode", id(self.vae)
             images = [graphs.call(kind, lambda x: [self.vae.decode(x)], [one])[0] for one in latents.split(1)]
         return torch.cat(images).float().clamp(-1, 1)
 
     @torch.no_grad()
-    def condition(self, timesteps: Tensor, context: Tensor) -> Conditioning:
-        """What the UNet is told besides latents: timesteps `[T]` and text states `[B, 77, d]`, see `UNet.condition`."""
-        return self.unet.condition(timesteps.to(self.device), context.to(self.device, self.dtype))
+    def condition(self, timesteps: Tensor, context: Tensor, size: tuple[int, int] | None = None) -> Conditioning:
+        """What the UNet is told besides latents, see `UNet.condition`.
+
+        Args:
+            timesteps: `[T]`.
+            context: text states, as `encode_text` returns them.
+            size: height and width of the latents, of which only SDXL is told.
+        """
+        timesteps, context = timesteps.to(self.device), context.to(self.device, self.dtype)
+        if not self.unet.config.pooled_channels or size is None:
+            return self.unet.condition(timesteps, context)
+        height, width = (side * self.vae.config.downsampling for side in size)
+        return self.unet.condition(timesteps, context, (height, width))
 
     def predict(
         self, latents: Tensor, conditioning: Conditioning, attend: Attend = attend, checkpoint: bool = False
@@ -206,21 +241,23 @@ def load(
     prediction_type: str | None = None,
     tokenizer: str | Path | None = None,
 ) -> Model:
-    """Load a checkpoint of Stable Diffusion 1.x or 2.x from safetensors.
+    """Load a checkpoint of Stable Diffusion 1.x, 2.x or XL from safetensors.
 
     Args:
-        source: a folder in the diffusers layout (`unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`); a
-            single file in the original layout, whose averaged (EMA) copies are left aside; or the name of a folder on
-            the Hugging Face hub (`owner/name`), of which only what the local cache lacks is downloaded. None: what the
-            environment variable P2PZ_MODEL names, or else the bundled mini model.
+        source: a folder in the diffusers layout (`unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`,
+            and for XL `text_encoder_2/`, `tokenizer_2/`); a single file in the original layout, whose averaged (EMA)
+            copies are left aside; or the name of a folder on the Hugging Face hub (`owner/name`), of which only what
+            the local cache lacks is downloaded. None: what the environment variable P2PZ_MODEL names, or else the
+            bundled mini model.
         device: None takes the GPU if there is one.
-        dtype: None takes float16 on a GPU and float32 on the CPU.
+        dtype: None takes float16 on a GPU and float32 on the CPU. XL's VAE, which overflows in float16, stays in
+            float32 unless its `config.json` says that it need not (`force_upcast`).
         max_memory: GiB of GPU memory that p2pz may take for weights, activations and recorded work; CUDA itself takes
             about 0.5 GiB more. Work that would take more is done more slowly: on fewer images at once, with the text
             encoder and the VAE in host memory in between, and computing activations twice. None: no limit.
         prediction_type: what the UNet predicts, `"epsilon"` or `"v_prediction"`. None takes what the folder or the
-            file's metadata says. Single files of Stable Diffusion 1.x that say nothing predict epsilon; those of 2.x
-            are probed with noise, and a warning tells the result.
+            file's metadata says. Single files of Stable Diffusion 1.x and XL that say nothing predict epsilon; those
+            of 2.x are probed with noise, and a warning tells the result.
         tokenizer: a folder with `vocab.json` and `merges.txt`. None takes the checkpoint's own; a single file has
             none, so for it CLIP's from the hub's local cache, or else from the hub.
 
@@ -245,17 +282,9 @@ def load(
 
     unet = _load_module(UNet, UNetConfig, checkpoint.unet)
     vae = _load_module(VAE, VAEConfig, checkpoint.vae)
-    text_encoder = text.load_text_encoder(checkpoint.text_encoder)
+    text_encoder, tokenizers = _load_text(checkpoint, tokenizer)
     text_fingerprint = text.fingerprint(text_encoder)
-    if tokenizer is None:
-        tokenizer = checkpoint.tokenizer or find_tokenizer()
-    tokenizer = text.load_tokenizer(Path(tokenizer).expanduser(), text_encoder, checkpoint.pad_token)
-    width = text_encoder.config.hidden_size
-    if width != unet.config.context_channels:
-        raise CheckpointError(
-            f"the text encoder in {checkpoint.path} gives states of width {width}, "
-            f"but its UNet reads {unet.config.context_channels}"
-        )
+    _check_text(text_encoder, unet.config, checkpoint.path)
     weights = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
     if budget is not None and weights > budget:
         raise ValueError(
@@ -267,16 +296,18 @@ def load(
     model = Model(
         folder=checkpoint.path,
         unet=unet,
-        vae=_place(vae, home, dtype),
+        vae=_place(vae, home, vae_dtype(unet.config, vae.config, dtype)),
         text_encoder=_place(text_encoder, home, dtype),
-        tokenizer=tokenizer,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
         prediction_type=prediction_type or "epsilon",
         text_fingerprint=text_fingerprint,
         max_memory=budget,
     )
     if prediction_type is None:
         model = replace(model, prediction_type=_probe_prediction_type(model))
-    if checkpoint.scheduler is None and unet.config.linear_projection and model.prediction_type == "v_prediction":
+    is_sd2 = unet.config.linear_projection and not unet.config.pooled_channels
+    if checkpoint.scheduler is None and is_sd2 and model.prediction_type == "v_prediction":
         unet.config = replace(unet.config, sample_size=96)  # which no tensor tells of Stable Diffusion 2's 768 x 768
     return model
 
@@ -302,6 +333,44 @@ def _load_module(module_type: type, config_type: type, component: Component) -> 
         raise CheckpointError(f"{component.config_path} describes no Stable Diffusion: {reason}") from None
     fill(module, component.tensors, component.path, component.layout)
     return module.eval().requires_grad_(False)
+
+
+def vae_dtype(unet: UNetConfig, vae: VAEConfig, dtype: torch.dtype) -> torch.dtype:
+    """What a VAE works in beside a UNet of some dtype: SDXL's overflows in float16, unless its file says otherwise."""
+    overflows = unet.pooled_channels > 0 and vae.force_upcast and dtype == torch.float16
+    return torch.float32 if overflows else dtype
+
+
+def _load_text(
+    checkpoint: Checkpoint, folder: str | Path | None
+) -> tuple[CLIPTextModel | nn.ModuleList, list[CLIPTokenizer]]:
+    """The text encoder and its tokenizer, or the two of each that SDXL has; `folder` is the caller's tokenizer."""
+    given = None if folder is None else Path(folder).expanduser()
+    encoder = text.load_text_encoder(checkpoint.text_encoder)
+    first = given or checkpoint.tokenizer or find_tokenizer()
+    tokenizers = [text.load_tokenizer(first, encoder, checkpoint.pad_token)]
+    if checkpoint.text_encoder_2 is None:
+        return encoder, tokenizers
+    second = text.load_text_encoder(checkpoint.text_encoder_2, projection=True)
+    pad_token = checkpoint.pad_token_2 if given is None else "!"  # two encoders share a tokenizer but for the padding
+    tokenizers.append(text.load_tokenizer(given or checkpoint.tokenizer_2 or first, second, pad_token))
+    return nn.ModuleList([encoder, second]), tokenizers
+
+
+def _check_text(encoder: CLIPTextModel | nn.ModuleList, unet: UNetConfig, path: Path) -> None:
+    """Raise CheckpointError if the text encoder gives another thing than the UNet reads."""
+    encoders = list(encoder) if isinstance(encoder, nn.ModuleList) else [encoder]
+    width = sum(each.config.hidden_size for each in encoders)
+    if width != unet.context_channels:
+        raise CheckpointError(
+            f"the text encoder in {path} gives states of width {width}, but its UNet reads {unet.context_channels}"
+        )
+    pooled = encoders[1].config.projection_dim if len(encoders) > 1 else 0
+    if pooled != unet.pooled_channels:
+        raise CheckpointError(
+            f"the second text encoder in {path} gives pooled states of width {pooled}, "
+            f"but its UNet reads {unet.pooled_channels}"
+        )
 
 
 def _place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

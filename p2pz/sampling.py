@@ -56,7 +56,7 @@ def sample_latents(
     schedule = denoising_schedule(steps)
     timesteps = schedule.timesteps[skip:]
     texts = torch.cat([negative, context]) if pairs else context
-    shifts, keys_values = model.condition(timesteps, texts)
+    shifts, keys_values = model.condition(timesteps, texts, noise.shape[2:])
     parts = [Part(len(noise), "sample", half) for half in ("negative", "conditional")[1 - pairs :]]
 
     def step(index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
@@ -73,7 +73,7 @@ def sample_latents(
     constants = [shifts, keys_values, alphas, torch.tensor(guidance, device=model.device)]
     state, each = [noise], None
     if recorder:
-        state += recorder.begin(model.unet, parts, noise, timesteps, texts.shape[1])
+        state += recorder.begin(model.unet, parts, noise, timesteps, keys_values.shape[1])
 
         def each(i: int, state: Tensors) -> None:
             recorder.take(i, parts, state[1:])
@@ -135,7 +135,7 @@ def sample(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))]
     )
     context = model.encode_text(prompts)
-    negative = model.encode_text([negative_prompt]).expand_as(context)
+    negative = model.encode_negative([negative_prompt]).expand_as(context)
     model = plan.apply(model)
     batches = (tensor.split(plan.images) for tensor in (noise.to(model.device), negative, context))
     pictures = []

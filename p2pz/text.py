@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from p2pz.weights import CheckpointError, Component, fill
 
 if TYPE_CHECKING:  # importing transformers takes seconds: only when a model is loaded
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 @contextlib.contextmanager
@@ -34,11 +35,12 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_text_encoder(component: Component) -> CLIPTextModel:
+def load_text_encoder(component: Component, projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
     """Build transformers' text encoder on a checkpoint's tensors.
 
     Args:
         component: the text encoder of a checkpoint.
+        projection: it is SDXL's second one, which also projects pooled states.
 
     Returns:
         The frozen encoder on the CPU in the file's dtype: its tensors are the memory-mapped file's.
@@ -46,23 +48,31 @@ def load_text_encoder(component: Component) -> CLIPTextModel:
     Raises:
         CheckpointError: it is of another kind, or its tensors do not fit; names the file and the tensors.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kind = component.config.get("model_type", "clip_text_model")
     if kind != "clip_text_model":
         raise CheckpointError(f"{component.config_path} describes no CLIP text encoder, but one of type {kind}")
     try:
         with quiet_transformers(), torch.device("meta"):
-            encoder = CLIPTextModel(CLIPTextConfig.from_dict(component.config))
+            model_type = CLIPTextModelWithProjection if projection else CLIPTextModel
+            encoder = model_type(CLIPTextConfig.from_dict(component.config))
     except Exception as error:  # transformers raises a dozen kinds for settings that are not what they should be
         raise CheckpointError(f"{component.config_path} describes no text encoder: {_reason(error)}") from None
     body = getattr(encoder, "text_model", encoder)  # before transformers 5.6 the model had one inside
-    fill(body, component.tensors, component.path, component.layout)
+    if projection:
+        tensors = {  # with the prefix that the files of one text encoder may lack
+            name if name.startswith("text_projection.") else f"text_model.{name}": tensor
+            for name, tensor in component.tensors.items()
+        }
+        fill(encoder, tensors, component.path, component.layout)
+    else:
+        fill(body, component.tensors, component.path, component.layout)
     body.embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings)[None]  # in no file
     return encoder.eval().requires_grad_(False)
 
 
-def load_tokenizer(folder: Path, encoder: CLIPTextModel, pad_token: str | None = None) -> CLIPTokenizer:
+def load_tokenizer(folder: Path, encoder: nn.Module, pad_token: str | None = None) -> CLIPTokenizer:
     """Load a tokenizer through transformers.
 
     Args:
@@ -94,17 +104,37 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def fingerprint(encoder: CLIPTextModel) -> str:
+def fingerprint(encoder: nn.Module) -> str:
     """Short name of a text encoder's weights, the same for the float16 and the float32 file of one checkpoint.
 
     Args:
-        encoder: freshly loaded, not yet converted to another dtype.
+        encoder: or a list of them; freshly loaded, not yet converted to another dtype.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(encoder.named_parameters()):
         if name.endswith(("layer_norm2.weight", "final_layer_norm.bias", "position_embedding.weight")):
             digest.update(parameter.detach().half().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _tokens(tokenizer: CLIPTokenizer, sentences: list[str], warn: bool = True) -> Tensor:
+    """Sentences as numbers `[n, 77]`, padded or cut; a cut is warned of."""
+    length = tokenizer.model_max_length
+    with quiet_transformers():  # it would warn of long sentences too
+        all_ids = tokenizer(sentences).input_ids
+    for sentence, ids in zip(sentences, all_ids, strict=True):
+        if warn and len(ids) > length:
+            warnings.warn(f"only the first {length - 2} tokens count of: {sentence}", stacklevel=4)
+    padding = [tokenizer.pad_token_id] * length
+    rows = [[*ids[: length - 1], ids[-1]] if len(ids) > length else (ids + padding)[:length] for ids in all_ids]
+    return torch.tensor(rows)
+
+
+def _batches(sentences: Sequence[str], size: int) -> list[list[str]]:
+    """Sentences, `size` at a time. Raises ValueError if there are none."""
+    if not sentences:
+        raise ValueError("there are no sentences to encode: give at least one")
+    return [list(sentences[start : start + size]) for start in range(0, len(sentences), size)]
 
 
 @torch.no_grad()
@@ -124,18 +154,43 @@ def encode_text(
     Raises:
         ValueError: no sentences.
     """
-    if not sentences:
-        raise ValueError("there are no sentences to encode: give at least one")
-    length = tokenizer.model_max_length
     states = []
-    for start in range(0, len(sentences), batch_size):
-        batch = list(sentences[start : start + batch_size])
-        with quiet_transformers():  # it would warn of long sentences too
-            all_ids = tokenizer(batch).input_ids
-        for sentence, ids in zip(batch, all_ids, strict=True):
-            if len(ids) > length:
-                warnings.warn(f"only the first {length - 2} tokens count of: {sentence}", stacklevel=3)
-        padding = [tokenizer.pad_token_id] * length
-        rows = [[*ids[: length - 1], ids[-1]] if len(ids) > length else (ids + padding)[:length] for ids in all_ids]
-        states.append(encoder(torch.tensor(rows).to(encoder.device)).last_hidden_state)
+    for batch in _batches(sentences, batch_size):
+        states.append(encoder(_tokens(tokenizer, batch).to(encoder.device)).last_hidden_state)
+    return torch.cat(states)
+
+
+@torch.no_grad()
+def encode_text_twice(
+    tokenizers: Sequence[CLIPTokenizer], encoders: nn.ModuleList, sentences: Sequence[str], batch_size: int = 64
+) -> Tensor:
+    """What SDXL's UNet is told of sentences by its two text encoders.
+
+    The tokens' states are what enters the last layer of each encoder, side by side. Its residual blocks are told the
+    projection of the second encoder's pooled states too. This is kept as one row more, zeros behind it, so that
+    captions and directions are single tensors in every family; `UNet.condition` takes it off again.
+
+    Args:
+        tokenizers, encoders: two each, of one checkpoint.
+        sentences: at least one.
+        batch_size: sentences per forward pass.
+
+    Returns:
+        `[len(sentences), 77 + 1, d]`, device and dtype of the encoders, d the sum of their widths.
+
+    Raises:
+        ValueError: no sentences.
+
+    Source: Podell et al., "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis" (2023),
+    section 2.1.
+    """
+    states = []
+    for batch in _batches(sentences, batch_size):
+        first, second = (
+            encoder(_tokens(tokenizer, batch, i == 0).to(encoder.device), output_hidden_states=True)
+            for i, (tokenizer, encoder) in enumerate(zip(tokenizers, encoders, strict=True))
+        )
+        tokens = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        pooled = F.pad(second.text_embeds, (0, tokens.shape[-1] - second.text_embeds.shape[-1]))
+        states.append(torch.cat([tokens, pooled[:, None]], dim=1))
     return torch.cat(states)

@@ -1,7 +1,7 @@
-"""The noise predictor of Stable Diffusion 1.x and 2.x."""
+"""The noise predictor of Stable Diffusion 1.x, 2.x and XL."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +33,14 @@ class UNetConfig:
         block_out_channels: channels of each level.
         layers_per_block: residual blocks per level on the way down; one more on the way up.
         cross_attention: whether the level has transformers.
+        transformer_layers: blocks in each of the level's transformers; the last entry holds in the middle too. Empty:
+            one everywhere.
         heads: attention heads of the level.
         context_channels: width of the text states.
         linear_projection: transformers enter and leave through linear layers (SD 2.x) instead of 1x1 convolutions.
         norm_groups: groups of all group norms.
+        pooled_channels: width of the pooled text (SDXL), which the residual blocks are told; 0: they are told none.
+        size_channels: width of the features of each number that tells the image's size (SDXL).
     """
 
     in_channels: int = 4
@@ -49,6 +53,13 @@ class UNetConfig:
     context_channels: int = 768
     linear_projection: bool = False
     norm_groups: int = 32
+    transformer_layers: tuple[int, ...] = ()
+    pooled_channels: int = 0
+    size_channels: int = 0
+
+    def layers_of(self, level: int) -> int:
+        """Blocks in each transformer of a level; -1 is the last level and the middle."""
+        return self.transformer_layers[level] if self.transformer_layers else 1
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> "UNetConfig":
@@ -58,17 +69,28 @@ class UNetConfig:
             config: the parsed file.
 
         Raises:
-            ValueError: the file describes a UNet that is not Stable Diffusion 1.x or 2.x; names the setting.
+            ValueError: the file describes a UNet that is not Stable Diffusion 1.x, 2.x or XL; names the setting.
         """
         for key, expected in _EXPECTED_SETTINGS.items():
             if config.get(key, expected) != expected:
-                raise ValueError(f"this UNet is not of the Stable Diffusion 1.x/2.x family: its {key} is {config[key]}")
+                raise _another_kind(config, key)
         channels = tuple(config["block_out_channels"])
         heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)  # diffusers' misnomer
         mirrored = [kind.replace("Down", "Up") for kind in reversed(config["down_block_types"])]
         for key, kinds in (("down_block_types", config["down_block_types"]), ("up_block_types", mirrored)):
             if list(config[key]) != list(kinds) or not set(kinds) <= _BLOCK_KINDS or len(kinds) != len(channels):
-                raise ValueError(f"this UNet is not of the Stable Diffusion 1.x/2.x family: its {key} is {config[key]}")
+                raise _another_kind(config, key)
+        layers = config.get("transformer_layers_per_block", 1)
+        layers = tuple(layers) if isinstance(layers, (list, tuple)) else (layers,) * len(channels)
+        if len(layers) != len(channels) or not all(isinstance(count, int) and count > 0 for count in layers):
+            raise _another_kind(config, "transformer_layers_per_block")
+        layers = () if set(layers) == {1} else layers
+        pooled = size_channels = 0
+        if config.get("addition_embed_type") is not None:
+            size_channels = config.get("addition_time_embed_dim") or 0
+            pooled = (config.get("projection_class_embeddings_input_dim") or 0) - SIZE_NUMBERS * size_channels
+            if config["addition_embed_type"] != "text_time" or size_channels <= 0 or pooled <= 0:
+                raise _another_kind(config, "addition_embed_type")
         return cls(
             in_channels=config["in_channels"],
             out_channels=config["out_channels"],
@@ -80,16 +102,26 @@ class UNetConfig:
             context_channels=config["cross_attention_dim"],
             linear_projection=bool(config.get("use_linear_projection", False)),
             norm_groups=config.get("norm_num_groups", 32),
+            transformer_layers=layers,
+            pooled_channels=pooled,
+            size_channels=size_channels,
         )
 
     def to_json(self) -> dict[str, Any]:
         """The `config.json` of a diffusers UNet folder that describes this shape."""
         down = ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in self.cross_attention]
         up = ["CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(self.cross_attention)]
-        fields = asdict(self)
-        for name in ("cross_attention", "heads", "context_channels", "linear_projection", "norm_groups"):
-            del fields[name]
-        return fields | {
+        names = "in_channels", "out_channels", "sample_size", "block_out_channels", "layers_per_block"
+        settings = {name: getattr(self, name) for name in names}
+        if self.transformer_layers:
+            settings["transformer_layers_per_block"] = list(self.transformer_layers)
+        if self.pooled_channels:
+            settings |= {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": self.size_channels,
+                "projection_class_embeddings_input_dim": self.pooled_channels + SIZE_NUMBERS * self.size_channels,
+            }
+        return settings | {
             "_class_name": "UNet2DConditionModel",
             "down_block_types": down,
             "mid_block_type": "UNetMidBlock2DCrossAttn",
@@ -107,6 +139,12 @@ class UNetConfig:
         }
 
 
+def _another_kind(config: dict[str, Any], key: str) -> ValueError:
+    return ValueError(f"this UNet is not of the Stable Diffusion 1.x/2.x/XL family: its {key} is {config[key]}")
+
+
+SIZE_NUMBERS = 6  # that SDXL is told: height and width of the original image, top and left of the crop, its own size
+
 _BLOCK_KINDS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 
 _EXPECTED_SETTINGS = {
@@ -118,12 +156,11 @@ _EXPECTED_SETTINGS = {
     "downsample_padding": 1,
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "transformer_layers_per_block": 1,
+    "reverse_transformer_layers_per_block": None,
     "only_cross_attention": False,
     "dual_cross_attention": False,
     "class_embed_type": None,
     "num_class_embeds": None,
-    "addition_embed_type": None,
     "encoder_hid_dim": None,
     "encoder_hid_dim_type": None,
     "time_cond_proj_dim": None,
@@ -145,6 +182,17 @@ STABLE_DIFFUSION_2 = UNetConfig(heads=(5, 10, 20, 20), context_channels=1024, li
 STABLE_DIFFUSION_2_768 = UNetConfig(
     sample_size=96, heads=(5, 10, 20, 20), context_channels=1024, linear_projection=True
 )
+STABLE_DIFFUSION_XL = UNetConfig(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    cross_attention=(False, True, True),
+    heads=(5, 10, 20),
+    context_channels=2048,
+    linear_projection=True,
+    transformer_layers=(1, 2, 10),
+    pooled_channels=1280,
+    size_channels=256,
+)
 MINI = UNetConfig(
     sample_size=32,
     block_out_channels=(64, 128, 160),
@@ -165,6 +213,14 @@ class Conditioning(NamedTuple):
 
     shifts: Tensor
     keys_values: Tensor
+
+    def of(self, rows: slice) -> "Conditioning":
+        """Those of some images of the batch."""
+        return Conditioning(self.shifts if self.shifts.ndim == 1 else self.shifts[rows], self.keys_values[rows])
+
+    def one_each(self) -> "Conditioning":
+        """Of what `UNet.condition` returns for B timesteps and B texts, those of the first with the first and so on."""
+        return Conditioning(self.shifts.diagonal().T if self.shifts.ndim == 3 else self.shifts, self.keys_values)
 
 
 class Layers(NamedTuple):
@@ -260,23 +316,30 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the positions of a feature map, plus the input."""
+    """Transformer blocks over the positions of a feature map, plus the input."""
 
-    def __init__(self, channels: int, heads: int, config: UNetConfig, path: str):
+    def __init__(self, channels: int, heads: int, layers: int, config: UNetConfig, path: str):
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
         project = nn.Linear if config.linear_projection else lambda i, o: nn.Conv2d(i, o, 1)
         self.proj_in = project(channels, channels)
-        block = TransformerBlock(channels, config.context_channels, heads, f"{path}.transformer_blocks.0")
-        self.transformer_blocks = nn.ModuleList([block])
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, config.context_channels, heads, f"{path}.transformer_blocks.{i}")
+            for i in range(layers)
+        )
         self.proj_out = project(channels, channels)
 
-    def forward(self, summands: tuple[Tensor, Tensor, Tensor], keys_values: Tensor, attend: Attend) -> Tensor:
-        """A residual block's `summands`, unadded, to a map `[B, C, h, w]`; `keys_values` is `[B, M, 2 * C]`."""
+    def take(self, keys_values: Iterator[Tensor]) -> list[Tensor]:
+        """Those of its blocks, the next ones."""
+        return [next(keys_values) for _ in self.transformer_blocks]
+
+    def forward(self, summands: tuple[Tensor, Tensor, Tensor], keys_values: list[Tensor], attend: Attend) -> Tensor:
+        """A residual block's `summands`, unadded, to a map `[B, C, h, w]`; `keys_values` are `[B, M, 2 * C]` each."""
         hidden, carried, bias = summands
         normed, x = group_normed(self.norm, hidden, shift=bias, residual=carried)
         tokens = pointwise(self.proj_in, to_tokens(normed))
-        tokens = self.transformer_blocks[0](tokens, keys_values, x.shape[2:], attend)
+        for block, own in zip(self.transformer_blocks, keys_values, strict=True):
+            tokens = block(tokens, own, x.shape[2:], attend)
         tokens = F.linear(tokens, self.proj_out.weight.flatten(1))
         return to_map(add_residual(tokens, to_tokens(x), self.proj_out.bias), *x.shape[2:])
 
@@ -287,20 +350,21 @@ class Level(nn.Module):
     def __init__(
         self,
         widths: list[tuple[int, int]],
-        heads: int | None,
+        level: int,
         config: UNetConfig,
         path: str,
         resample: nn.Module | None,
     ):
-        """`widths` lists (in, out) channels of each residual block; `heads` is None for a level without attention."""
+        """`widths` lists (in, out) channels of each residual block; `level` is 0 for the finest resolution."""
         super().__init__()
         time_channels = 4 * config.block_out_channels[0]
         self.resnets = nn.ModuleList(
             ResnetBlock(before, after, config.norm_groups, 1e-5, time_channels) for before, after in widths
         )
-        if heads is not None:
+        if config.cross_attention[level]:
+            heads, layers = config.heads[level], config.layers_of(level)
             self.attentions = nn.ModuleList(
-                SpatialTransformer(after, heads, config, f"{path}.attentions.{i}")
+                SpatialTransformer(after, heads, layers, config, f"{path}.attentions.{i}")
                 for i, (_, after) in enumerate(widths)
             )
         if isinstance(resample, Downsample):
@@ -315,7 +379,7 @@ class Level(nn.Module):
         """
         block, shift = self.resnets[i], next(conditioning.shifts)
         transformer = self.attentions[i] if hasattr(self, "attentions") else None
-        keys_values = next(conditioning.keys_values) if transformer else None
+        keys_values = transformer.take(conditioning.keys_values) if transformer else None
 
         def run(*inputs: Tensor) -> Tensor:
             x = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
@@ -333,27 +397,26 @@ class MiddleLevel(nn.Module):
         self.resnets = nn.ModuleList(
             ResnetBlock(channels, channels, config.norm_groups, 1e-5, time_channels) for _ in range(2)
         )
-        self.attentions = nn.ModuleList(
-            [SpatialTransformer(channels, config.heads[-1], config, "mid_block.attentions.0")]
-        )
+        heads, layers = config.heads[-1], config.layers_of(-1)
+        self.attentions = nn.ModuleList([SpatialTransformer(channels, heads, layers, config, "mid_block.attentions.0")])
 
     def forward(self, x: Tensor, conditioning: Layers, attend: Attend) -> Tensor:
         """`[B, C, h, w]` to the same shape."""
         summands = self.resnets[0].summands(x, next(conditioning.shifts))
-        x = self.attentions[0](summands, next(conditioning.keys_values), attend)
+        x = self.attentions[0](summands, self.attentions[0].take(conditioning.keys_values), attend)
         return self.resnets[1](x, next(conditioning.shifts))
 
 
 class TimeEmbedding(nn.Module):
-    """Two linear layers over the sinusoidal timestep features."""
+    """Two linear layers over features of the timestep, or over those of SDXL's pooled text and image size."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, time_channels: int):
         super().__init__()
-        self.linear_1 = nn.Linear(channels, 4 * channels)
-        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+        self.linear_1 = nn.Linear(channels, time_channels)
+        self.linear_2 = nn.Linear(time_channels, time_channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[B, channels]` to `[B, 4 * channels]`."""
+        """`[B, channels]` to `[B, time_channels]`."""
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
@@ -367,17 +430,22 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         channels, levels = config.block_out_channels, len(config.block_out_channels)
-        heads = [h if cross else None for h, cross in zip(config.heads, config.cross_attention, strict=True)]
+        for entries in (config.heads, config.cross_attention):
+            if len(entries) != levels:
+                raise ValueError(f"a UNet of {levels} levels takes as many entries for them, not {entries}")
 
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(channels[0])
+        self.time_embedding = TimeEmbedding(channels[0], 4 * channels[0])
+        if config.pooled_channels:
+            added = config.pooled_channels + SIZE_NUMBERS * config.size_channels
+            self.add_embedding = TimeEmbedding(added, 4 * channels[0])
 
         skips = [channels[0]]  # channels of every tensor that the way down leaves for the way up
         self.down_blocks = nn.ModuleList()
         for i in range(levels):
             widths = [(skips[-1] if j == 0 else channels[i], channels[i]) for j in range(config.layers_per_block)]
             resample = Downsample(channels[i], padding=1) if i < levels - 1 else None
-            self.down_blocks.append(Level(widths, heads[i], config, f"down_blocks.{i}", resample))
+            self.down_blocks.append(Level(widths, i, config, f"down_blocks.{i}", resample))
             skips += [channels[i]] * (config.layers_per_block + (i < levels - 1))
 
         self.mid_block = MiddleLevel(config)
@@ -391,7 +459,7 @@ class UNet(nn.Module):
                 widths.append((before + skips.pop(), channels[level]))
                 before = channels[level]
             resample = Upsample(channels[level]) if level > 0 else None
-            self.up_blocks.append(Level(widths, heads[level], config, f"up_blocks.{i}", resample))
+            self.up_blocks.append(Level(widths, level, config, f"up_blocks.{i}", resample))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
@@ -432,18 +500,31 @@ class UNet(nn.Module):
             sites.append(Site(layer.path, layer.kind, -(-height // scale), -(-width // scale), layer.heads))
         return sites
 
-    def condition(self, timesteps: Tensor, context: Tensor) -> Conditioning:
+    def condition(self, timesteps: Tensor, context: Tensor, image_size: tuple[int, int] | None = None) -> Conditioning:
         """What timesteps and texts mean to the layers; independent of the latents.
 
         Args:
             timesteps: `[T]`, training steps (0 to 999): one for each image, or all those of a run.
-            context: text states, `[B, M, context_channels]`, dtype of the weights.
+            context: text states, `[B, M, context_channels]`, dtype of the weights; SDXL's with one row more, see
+                `p2pz.text.encode_text_twice`.
+            image_size: height and width in pixels, of which SDXL is told as an uncropped image's.
 
         Returns:
-            Shifts `[T, S]` and keys and values `[B, M, W]`.
+            Shifts `[T, S]`, or `[T, B, S]` where they depend on the text too (SDXL), and keys and values `[B, M, W]`.
+
+        Source: Podell et al., "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis" (2023),
+        section 2.2, for the image's size.
         """
         features = timestep_embedding(timesteps, self.config.block_out_channels[0])
         embedding = self.time_embedding(features.to(context.dtype))
+        if self.config.pooled_channels:
+            if image_size is None:
+                raise ValueError("Stable Diffusion XL has to be told the image's size")
+            context, pooled = context[:, :-1], context[:, -1, : self.config.pooled_channels]
+            numbers = torch.tensor([*image_size, 0, 0, *image_size], device=context.device)
+            size = timestep_embedding(numbers, self.config.size_channels).flatten().to(context.dtype)
+            added = self.add_embedding(torch.cat([pooled, size.expand(len(pooled), -1)], dim=-1))
+            embedding = embedding[:, None] + added
         shifts = torch.cat([block.time_shift(embedding) for block in self._residual_blocks], dim=-1)
         return Conditioning(
             shifts, torch.cat([layer.keys_and_values(context) for layer in self._cross_attentions], dim=-1)
@@ -465,7 +546,14 @@ class UNet(nn.Module):
         parts = zip(self._cross_attentions, self._split_keys_values(keys_values), strict=True)
         return {layer.path: part.chunk(2, dim=-1)[0].unflatten(-1, (layer.heads, -1)) for layer, part in parts}
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, attend: Attend = attend) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        attend: Attend = attend,
+        image_size: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Predict the noise.
 
         Args:
@@ -473,11 +561,13 @@ class UNet(nn.Module):
             timesteps: `[B]` or a scalar tensor, training steps (0 to 999).
             context: text states, `[B, M, context_channels]`, same dtype as the latents.
             attend: what happens in every attention layer, see `p2pz.attention`.
+            image_size: see `condition`.
 
         Returns:
             `[B, out_channels, h, w]`: the noise, or v for a v-prediction checkpoint.
         """
-        return self.predict(latents, self.condition(timesteps.expand(len(latents)), context), attend)
+        conditioning = self.condition(timesteps.expand(len(latents)), context, image_size)
+        return self.predict(latents, conditioning.one_each(), attend)
 
     def predict(
         self, latents: Tensor, conditioning: Conditioning, attend: Attend = attend, checkpoint: bool = False

@@ -22,6 +22,7 @@ class VAEConfig:
         norm_groups: groups of all group norms.
         scaling_factor: latents are multiplied by it after encoding, so that they have about unit variance.
         sample_size: image height and width the model was trained at; others work.
+        force_upcast: float16 may overflow; it is SDXL's that does, see `p2pz.model.load`.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -30,6 +31,7 @@ class VAEConfig:
     norm_groups: int = 32
     scaling_factor: float = 0.18215
     sample_size: int = 512
+    force_upcast: bool = True
 
     @property
     def downsampling(self) -> int:
@@ -59,6 +61,7 @@ class VAEConfig:
             norm_groups=config.get("norm_num_groups", 32),
             scaling_factor=config.get("scaling_factor", 0.18215),
             sample_size=config.get("sample_size", 512),
+            force_upcast=bool(config.get("force_upcast", True)),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -190,13 +190,23 @@ def test_other_families_are_refused_before_their_weights_are_downloaded(hub, rep
     with pytest.raises(CheckpointError, match="owner/mini looks like an inpainting model"):
         p2pz.load("owner/mini")
     assert hub.downloaded == ["unet/config.json"]
-    (repository / "text_encoder_2").mkdir()
-    (repository / "text_encoder_2/config.json").write_text("{}")
+    (repository / "text_encoder").rename(repository / "text_encoder_2")
     shutil.rmtree(hub.cache)
     hub.downloaded.clear()
-    with pytest.raises(CheckpointError, match="owner/mini looks like Stable Diffusion XL"):
+    with pytest.raises(CheckpointError, match="owner/mini looks like the refiner of Stable Diffusion XL"):
         p2pz.load("owner/mini")
     assert hub.downloaded == []
+
+
+def test_needed_files_of_stable_diffusion_xl():
+    names = [f"{part}/{name}.safetensors" for part in XL_PARTS for name in ("model", "model.fp16")]
+    names += [f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in ("vocab.json", "merges.txt")]
+    found = set(needed_files([*names, "text_encoder_2/config.json", "text_encoder_2/flax_model.msgpack"], "a/b"))
+    wanted = {"text_encoder_2/model.safetensors", "text_encoder_2/config.json", "tokenizer_2/vocab.json"}
+    assert wanted <= found and not any(name.endswith((".fp16.safetensors", ".msgpack")) for name in found)
+
+
+XL_PARTS = "unet", "vae", "text_encoder", "text_encoder_2"
 
 
 def test_needed_files():

@@ -459,8 +459,9 @@ def test_the_probe_runs_with_the_loaded_model(saved):
 
 
 FOREIGN = {
-    "looks like Stable Diffusion XL (": ["conditioner.embedders.0.transformer.text_model.final_layer_norm.bias",
-                             "conditioner.embedders.1.model.ln_final.bias", "model.diffusion_model.label_emb.0.0.bias"],
+    "lacks the VAE (first_stage_model.*): give the whole": [
+        "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias",
+        "conditioner.embedders.1.model.ln_final.bias", "model.diffusion_model.label_emb.0.0.bias"],
     "the refiner of Stable Diffusion XL": ["conditioner.embedders.0.model.ln_final.bias", "first_stage_model.x"],
     "Stable Diffusion 3": ["model.diffusion_model.joint_blocks.0.context_block.attn.proj.bias", "first_stage_model.x"],
     "Flux": ["double_blocks.0.img_attn.norm.key_norm.scale", "img_in.bias"],

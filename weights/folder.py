@@ -26,7 +26,9 @@ TEXT_RENAMES: Renames = (
     (r"(?:.*\.)?text_projection\.weight", None),  # the head of another model class
     (r"text_model\.(.*)", r"\1"),
 )
+TEXT_2_RENAMES: Renames = (TEXT_RENAMES[0], TEXT_RENAMES[2])  # whose text_projection is wanted
 COMPONENTS = {"unet": (), "vae": VAE_RENAMES, "text_encoder": TEXT_RENAMES}
+XL_COMPONENTS = COMPONENTS | {"text_encoder_2": TEXT_2_RENAMES}
 
 INPUTS = {  # channels that a UNet reads besides 4 of the latents
     5: "a depth-to-image model",
@@ -34,11 +36,12 @@ INPUTS = {  # channels that a UNet reads besides 4 of the latents
     8: "an InstructPix2Pix model",
     9: "an inpainting model",
 }
-SUPPORTED = "p2pz works with plain Stable Diffusion 1.x and 2.x checkpoints, so give one of those"
+SUPPORTED = "p2pz works with plain Stable Diffusion 1.x, 2.x and XL checkpoints, so give one of those"
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    """Read a folder in the diffusers layout: `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`.
+    """Read a folder in the diffusers layout: `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and for SDXL
+    `text_encoder_2/` and `tokenizer_2/`.
 
     Args:
         folder: the folder.
@@ -52,7 +55,7 @@ def open_folder(folder: Path) -> Checkpoint:
     if single and "unet" not in names:
         raise CheckpointError(f"{folder} has no unet folder; to load a single file, give {folder / single[0]}")
     components = {}
-    for part, renames in COMPONENTS.items():
+    for part, renames in components_of(names).items():
         config_path = folder / part / "config.json"
         config = read_json(config_path)
         if part == "unet":
@@ -63,15 +66,21 @@ def open_folder(folder: Path) -> Checkpoint:
     return Checkpoint(
         path=folder,
         tokenizer=folder / "tokenizer",
+        tokenizer_2=folder / "tokenizer_2" if "text_encoder_2" in components else None,
         scheduler=folder / "scheduler" / "scheduler_config.json",
         **components,
     )
 
 
+def components_of(names: Collection[str]) -> dict[str, Renames]:
+    """The parts that a folder must have, given the names of what is in it."""
+    return XL_COMPONENTS if "text_encoder_2" in names else COMPONENTS
+
+
 def check_parts(names: Collection[str], place: Path | str) -> None:
     """Refuse a folder of another family by the names of what is in it. Raises CheckpointError."""
-    if "text_encoder_2" in names and "unet" in names:
-        raise CheckpointError(f"{place} looks like Stable Diffusion XL: {SUPPORTED}")
+    if "text_encoder_2" in names and "unet" in names and "text_encoder" not in names:
+        raise CheckpointError(f"{place} looks like the refiner of Stable Diffusion XL: {SUPPORTED}")
     if "transformer" in names and "unet" not in names:
         raise CheckpointError(f"{place} looks like Stable Diffusion 3, Flux or another transformer: {SUPPORTED}")
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from p2pz.weights.folder import COMPONENTS, check_inputs, check_parts, choose_tensors, open_folder
+from p2pz.weights.folder import check_inputs, check_parts, choose_tensors, components_of, open_folder
 from p2pz.weights.reading import PICKLES, Checkpoint, CheckpointError, printable, read_json
 
 TOKENIZER = "openai/clip-vit-large-patch14"
@@ -70,10 +70,12 @@ def needed_files(names: Collection[str], repository: str) -> list[str]:
     Raises:
         CheckpointError: it is no such folder, of another family, or has its weights as pickles only.
     """
-    check_parts({name.split("/")[0] for name in names}, repository)
-    files = [name for name in names if re.fullmatch(r"tokenizer/[\w.]+\.(json|txt)", name)]
-    files += ["scheduler/scheduler_config.json", *(f"{part}/config.json" for part in COMPONENTS)]
-    for part in COMPONENTS:
+    folders = {name.split("/")[0] for name in names}
+    check_parts(folders, repository)
+    parts = components_of(folders)
+    files = [name for name in names if re.fullmatch(r"tokenizer(_2)?/[\w.]+\.(json|txt)", name)]
+    files += ["scheduler/scheduler_config.json", *(f"{part}/config.json" for part in parts)]
+    for part in parts:
         inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
         chosen = choose_tensors(inside)
         if chosen is None:

@@ -55,6 +55,7 @@ class Checkpoint:
         pad_token: what short sentences are padded with; None: what the tokenizer's folder says.
         scheduler: the file that describes the noise schedule; None: it is Stable Diffusion's.
         prediction_type: what the UNet predicts; None: the scheduler's file says it, or nothing does.
+        text_encoder_2, tokenizer_2, pad_token_2: the same of the second text encoder, which only SDXL has.
     """
 
     path: Path
@@ -65,6 +66,9 @@ class Checkpoint:
     pad_token: str | None = None
     scheduler: Path | None = None
     prediction_type: str | None = None
+    text_encoder_2: Component | None = None
+    tokenizer_2: Path | None = None
+    pad_token_2: str | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from p2pz.weights.reading import (
     rename,
 )
 
-LEVELS, LAYERS = 4, 2  # of the UNet and of the VAE, in both families
+LEVELS, LAYERS = 4, 2  # of the VAE in all families, and of the UNet in all but SDXL, which has three levels
 
 # --- what the tensors are called there, and here ---
 
@@ -31,12 +31,15 @@ PARTS: Renames = (
     (r"first_stage_model\.(.*)", r"vae/\1"),
     (r"cond_stage_model\.(?:transformer|model)\.(.*)", r"text_encoder/\1"),
     (r"cond_stage_model\.(?:logit_scale|text_projection.*)", None),
+    (r"conditioner\.embedders\.0\.transformer\.(.*)", r"text_encoder/\1"),  # of SDXL
+    (r"conditioner\.embedders\.0\.(?:logit_scale|text_projection.*)", None),
+    (r"conditioner\.embedders\.1\.model\.(.*)", r"text_encoder_2/\1"),
     # Averages of the weights over the training: the weights themselves are taken, as other programs do.
     (r"model_ema\..*", None),
     # The noise schedule and how the training was doing.
     (r"(?:sqrt_|log_)?(?:one_minus_|recip_|recipm1_)?alphas_cumprod(?:_prev)?", None),
     (r"posterior_(?:variance|log_variance_clipped|mean_coef[12])", None),
-    (r"betas|lvlb_weights|logvar|scale_factor|global_step|v_pred", None),
+    (r"betas|lvlb_weights|logvar|scale_factor|global_step|v_pred|denoiser\.sigmas", None),
 )
 
 
@@ -77,6 +80,11 @@ def _unet_blocks(transformers: tuple[bool, ...]) -> Renames:
 
 
 UNET_BLOCKS = _unet_blocks((True, True, True, False))
+XL_UNET_BLOCKS: Renames = (
+    (r"label_emb\.0\.0\.(.*)", r"add_embedding.linear_1.\1"),
+    (r"label_emb\.0\.2\.(.*)", r"add_embedding.linear_2.\1"),
+    *_unet_blocks((False, True, True)),
+)
 UNET_LAYERS: Renames = (
     (r"(.*\.resnets\.\d+)\.in_layers\.0\.(.*)", r"\1.norm1.\2"),
     (r"(.*\.resnets\.\d+)\.in_layers\.2\.(.*)", r"\1.conv1.\2"),
@@ -103,9 +111,8 @@ VAE_BLOCKS: Renames = (
 )
 VAE_LAYERS: Renames = ((r"(.*\.resnets\.\d+)\.nin_shortcut\.(.*)", r"\1.conv_shortcut.\2"),)
 _BLOCK = r"transformer\.resblocks\.(\d+)"
-OPEN_CLIP: Renames = (
-    (r"transformer\.resblocks\.23\..*", None),  # Stable Diffusion 2 reads what goes into the last layer
-    (r"logit_scale|text_projection.*|attn_mask", None),
+OPEN_CLIP_2: Renames = (
+    (r"logit_scale|attn_mask", None),
     (r"positional_embedding", "embeddings.position_embedding.weight"),
     (r"token_embedding\.weight", "embeddings.token_embedding.weight"),
     (r"ln_final\.(.*)", r"final_layer_norm.\1"),
@@ -114,6 +121,11 @@ OPEN_CLIP: Renames = (
     (rf"{_BLOCK}\.mlp\.c_proj\.(.*)", r"encoder.layers.\1.mlp.fc2.\2"),
     (rf"{_BLOCK}\.attn\.out_proj\.(.*)", r"encoder.layers.\1.self_attn.out_proj.\2"),
     (rf"{_BLOCK}\.attn\.in_proj_(.*)", tuple(rf"encoder.layers.\1.self_attn.{x}_proj.\2" for x in "qkv")),
+)
+OPEN_CLIP: Renames = (
+    (r"transformer\.resblocks\.23\..*", None),  # Stable Diffusion 2 reads what goes into the last layer
+    (r"text_projection.*", None),
+    *OPEN_CLIP_2,
 )
 
 # --- what the tensors cannot tell ---
@@ -125,6 +137,8 @@ class Family:
 
     Attributes:
         name: for messages.
+        blocks: where its UNet's blocks are.
+        transformers: whether a level of its UNet has them, from the finest to the coarsest.
         heads: attention heads in every level of the UNet; None: heads of 64 channels.
         linear_projection: see `UNetConfig`.
         text_names: how its text encoder's tensors are called.
@@ -132,9 +146,14 @@ class Family:
         text_activation: between the two linear layers there.
         pad_token: what sentences are padded with.
         prediction_type: what its UNets predict; None: some this, some that.
+        sample_size, scaling_factor: see `UNetConfig` and `VAEConfig`.
+        widths: published channels of the UNet's levels.
+        context: published width of the text states.
     """
 
     name: str
+    blocks: Renames
+    transformers: tuple[bool, ...]
     heads: int | None
     linear_projection: bool
     text_names: Renames
@@ -142,10 +161,23 @@ class Family:
     text_activation: str
     pad_token: str
     prediction_type: str | None
+    context: int
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    sample_size: int = 64
+    scaling_factor: float = 0.18215
 
 
-SD1 = Family("Stable Diffusion 1.x", 8, False, TEXT_RENAMES, 12, "quick_gelu", "<|endoftext|>", "epsilon")
-SD2 = Family("Stable Diffusion 2.x", None, True, OPEN_CLIP, 23, "gelu", "!", None)
+_LEVELS = (True, True, True, False)
+_CLIP = (TEXT_RENAMES, 12, "quick_gelu", "<|endoftext|>")
+SD1 = Family("Stable Diffusion 1.x", UNET_BLOCKS, _LEVELS, 8, False, *_CLIP, "epsilon", 768)
+SD2 = Family("Stable Diffusion 2.x", UNET_BLOCKS, _LEVELS, None, True, OPEN_CLIP, 23, "gelu", "!", None, 1024)
+XL = Family(
+    "Stable Diffusion XL", XL_UNET_BLOCKS, (False, True, True), None, True, *_CLIP, "epsilon", 768,
+    widths=(320, 640, 1280), sample_size=128, scaling_factor=0.13025,
+)  # fmt: skip
+XL_2 = replace(XL, text_names=OPEN_CLIP_2, text_layers=32, text_activation="gelu", pad_token="!", context=1280)
+"""Stable Diffusion XL with its second text encoder."""
+SIZE_CHANNELS, SIZE_NUMBERS = 256, 6  # of what SDXL is told of an image's size
 
 TEXT_HEAD = 64  # channels of an attention head of the text encoder
 PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -163,7 +195,6 @@ FOREIGN: tuple[tuple[str, str, str], ...] = (  # pattern of a name that only it 
     (r"(?:model\.diffusion_model\.)?joint_blocks\..*", "Stable Diffusion 3", SUPPORTED),
     (r"(?:model\.diffusion_model\.)?double_blocks\..*", "Flux", SUPPORTED),
     (r"conditioner\.embedders\.0\.model\..*", "the refiner of Stable Diffusion XL", SUPPORTED),
-    (r"conditioner\.embedders\.1\..*", "Stable Diffusion XL", SUPPORTED),
     (r"embedder\.model\..*|noise_augmentor\..*", "Stable Diffusion unCLIP", SUPPORTED),
     (r"ztsnr", "a model whose noise schedule ends in pure noise (zero terminal SNR)", SUPPORTED),
     (r"(?:down_blocks|mid_block|time_embedding)\..*", "a UNet alone", CHECKPOINT),
@@ -176,11 +207,15 @@ WHOLE = {
     "vae": "VAE (first_stage_model.*)",
     "text_encoder": "text encoder (cond_stage_model.*)",
 }
+XL_WHOLE = WHOLE | {
+    "text_encoder": "text encoder (conditioner.embedders.0.*)",
+    "text_encoder_2": "second text encoder (conditioner.embedders.1.*)",
+}
 CONTEXTS = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}
 
 
 def open_single_file(path: Path) -> Checkpoint:
-    """Read a single-file Stable Diffusion 1.x or 2.x; which of the two, its tensors tell.
+    """Read a single-file Stable Diffusion 1.x, 2.x or XL; which of them, its tensors tell.
 
     Args:
         path: a safetensors file.
@@ -193,8 +228,10 @@ def open_single_file(path: Path) -> Checkpoint:
     tensors = read_tensors(path)
     refuse_foreign(tensors.keys(), path)
     parts, others = _split(rename(tensors, PARTS, path))
-    lacking = [name for part, name in WHOLE.items() if not parts[part]]
-    if len(lacking) == len(WHOLE):
+    is_xl = any(name.startswith("conditioner.") for name in tensors)
+    whole = XL_WHOLE if is_xl else WHOLE
+    lacking = [name for part, name in whole.items() if not parts[part]]
+    if len(lacking) == len(whole):
         names = ", ".join(printable(name) for name in sorted(tensors)[:3])
         raise CheckpointError(f"{path} looks like nothing that p2pz knows (it holds {names}, ...): {SUPPORTED}")
     if lacking:
@@ -206,33 +243,45 @@ def open_single_file(path: Path) -> Checkpoint:
             stacklevel=5,
         )
 
-    family = SD2 if "token_embedding.weight" in parts["text_encoder"] else SD1
-    unet = rename(rename(parts["unet"], UNET_BLOCKS, path), UNET_LAYERS, path)
+    family = XL if is_xl else SD2 if "token_embedding.weight" in parts["text_encoder"] else SD1
+    unet = rename(rename(parts["unet"], family.blocks, path), UNET_LAYERS, path)
     vae = rename(rename(parts["vae"], VAE_BLOCKS, path), VAE_LAYERS, path)
     text_encoder = rename(parts["text_encoder"], family.text_names, path)
-    configs = _unet_config(unet, family), _vae_config(vae), _text_config(text_encoder, family)
-    check_inputs(configs[0]["in_channels"], path)
-    if configs[0]["cross_attention_dim"] in CONTEXTS:
-        raise CheckpointError(f"{path} looks like {CONTEXTS[configs[0]['cross_attention_dim']]}: {SUPPORTED}")
+    second = rename(parts["text_encoder_2"], XL_2.text_names, path)
+    if "text_projection" in second:  # it multiplies from the right there
+        projection = second.pop("text_projection")
+        second["text_projection.weight"] = projection.T.contiguous() if projection.ndim == 2 else projection
+    configured = {
+        "unet": (_unet_config(unet, family), unet),
+        "vae": (_vae_config(vae, family), vae),
+        "text_encoder": (_text_config(text_encoder, family), text_encoder),
+    }
+    if is_xl:
+        configured["text_encoder_2"] = _text_config(second, XL_2), second
+    check_inputs(configured["unet"][0]["in_channels"], path)
+    context = configured["unet"][0]["cross_attention_dim"]
+    if not is_xl and context in CONTEXTS:
+        raise CheckpointError(f"{path} looks like {CONTEXTS[context]}: {SUPPORTED}")
 
     with safe_open(path, "pt") as file:
         told = (file.metadata() or {}).get("modelspec.prediction_type")  # of Stability AI's ModelSpec
     if "v_pred" in tensors:  # a mark of trainers
         told = "v"
-    components = (
-        Component(path, path, f"the layout of {family.name}", config, part)
-        for config, part in zip(configs, (unet, vae, text_encoder), strict=True)
-    )
+    components = {
+        name: Component(path, path, f"the layout of {family.name}", config, part)
+        for name, (config, part) in configured.items()
+    }
     return Checkpoint(
         path,
-        *components,
+        **components,
         pad_token=family.pad_token,
+        pad_token_2=XL_2.pad_token,
         prediction_type=PREDICTION_TYPES.get(told, family.prediction_type),
     )
 
 
 def refuse_foreign(names: Collection[str], path: Path) -> None:
-    """Refuse what is known not to be a whole Stable Diffusion 1.x or 2.x.
+    """Refuse what is known not to be a whole Stable Diffusion 1.x, 2.x or XL.
 
     Args:
         names: of a file's tensors.
@@ -249,7 +298,7 @@ def refuse_foreign(names: Collection[str], path: Path) -> None:
 
 def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """Tensors of each part by their names in it, and the names of all other tensors."""
-    parts: dict[str, dict[str, Tensor]] = {part: {} for part in WHOLE}
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in XL_WHOLE}
     others = []
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
@@ -267,27 +316,38 @@ def _size(tensors: dict[str, Tensor], name: str, axis: int, default: int) -> int
 
 
 def _unet_config(tensors: dict[str, Tensor], family: Family) -> dict[str, Any]:
-    published = (320, 640, 1280, 1280)
     widths = [
-        _size(tensors, f"down_blocks.{level}.resnets.0.conv2.weight", 0, width) for level, width in enumerate(published)
+        _size(tensors, f"down_blocks.{level}.resnets.0.conv2.weight", 0, width)
+        for level, width in enumerate(family.widths)
     ]
     context = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    return {
+    down = ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in family.transformers]
+    config = {
         "in_channels": _size(tensors, "conv_in.weight", 1, 4),
         "out_channels": _size(tensors, "conv_out.weight", 0, 4),
-        "sample_size": 64,
+        "sample_size": family.sample_size,
         "block_out_channels": widths,
-        "down_block_types": ["CrossAttnDownBlock2D"] * (LEVELS - 1) + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (LEVELS - 1),
+        "down_block_types": down,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
         "layers_per_block": LAYERS,
         "attention_head_dim": [family.heads or width // 64 for width in widths],  # diffusers' name for heads
-        "cross_attention_dim": _size(tensors, context, 1, 768 if family is SD1 else 1024),
+        "cross_attention_dim": _size(tensors, context, 1, 2048 if family is XL else family.context),
         "use_linear_projection": family.linear_projection,
         "norm_num_groups": 32,
     }
+    if family is XL:
+        config |= {
+            "transformer_layers_per_block": [1, 2, 10],
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": SIZE_CHANNELS,
+            "projection_class_embeddings_input_dim": _size(
+                tensors, "add_embedding.linear_1.weight", 1, XL_2.context + SIZE_NUMBERS * SIZE_CHANNELS
+            ),
+        }
+    return config
 
 
-def _vae_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _vae_config(tensors: dict[str, Tensor], family: Family) -> dict[str, Any]:
     published = (128, 256, 512, 512)
     return {
         "block_out_channels": [
@@ -299,13 +359,13 @@ def _vae_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
         "layers_per_block": LAYERS,
         "latent_channels": _size(tensors, "post_quant_conv.weight", 0, 4),
         "norm_num_groups": 32,
-        "scaling_factor": 0.18215,
+        "scaling_factor": family.scaling_factor,
         "sample_size": 512,
     }
 
 
 def _text_config(tensors: dict[str, Tensor], family: Family) -> dict[str, Any]:
-    width = _size(tensors, "embeddings.token_embedding.weight", 1, 768 if family is SD1 else 1024)
+    width = _size(tensors, "embeddings.token_embedding.weight", 1, family.context)
     return {
         "vocab_size": _size(tensors, "embeddings.token_embedding.weight", 0, 49408),
         "max_position_embeddings": _size(tensors, "embeddings.position_embedding.weight", 0, 77),
@@ -315,4 +375,6 @@ def _text_config(tensors: dict[str, Tensor], family: Family) -> dict[str, Any]:
         "num_attention_heads": width // TEXT_HEAD,
         "hidden_act": family.text_activation,
         "layer_norm_eps": 1e-5,
+        "projection_dim": _size(tensors, "text_projection.weight", 0, width),
+        "eos_token_id": 2,  # stands for the largest number in a sentence, which the end token has in every vocabulary
     }
