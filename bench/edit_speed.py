@@ -27,6 +27,8 @@ Rows:
 - images_per_second: 1, 4 or 8 images given at once; diffusers and compiled edit one after another.
 - encode_s, decode_s: one picture by the VAE. sample_s: a picture from text. Steps and size as for the edit.
 - start_up_s: a fresh process until its first edit is there; peak_gib: the memory that this process took at most.
+- load_s: of that, loading alone, after imports and CUDA's own start; load_host_gib: the host memory that the process
+  had taken at most when the model was loaded, imports included. The size of the weights is below the table.
 - fraction_of_limit: operations of the UNet / measured rate of a large matrix product / time.
 
 p2pz's and compiled's unet and guided step are CUDA graphs captured by this script; diffusers is eager. What p2pz
@@ -79,7 +81,7 @@ from p2pz.schedule import Schedule, ddim_step, denoising_schedule, inversion_sch
 from p2pz.sentences import bank_sentences
 from p2pz.unet import STABLE_DIFFUSION_1, STABLE_DIFFUSION_2_768, Conditioning, UNetConfig
 from p2pz.vae import VAEConfig
-from p2pz.weights import MINI_FOLDER
+from p2pz.weights import MINI_FOLDER, open_checkpoint
 
 CAPTION, WORDS = "a photo of a cat", ("cat", "dog")
 GUIDANCE = 7.5
@@ -131,7 +133,7 @@ PARTS = {  # by importance; each but the last two is a method of the contenders
 MINI_PARTS = ["total", "unet", "invert", "edit", "agreement"]
 CONTENDERS = ["p2pz", "p2pz_default", "diffusers", "compiled"]
 ROWS = ["total_s", "invert_s", "edit_s", "guided_step_ms", "unet_ms", "regulariser_ms", "encode_s", "decode_s"]
-ROWS += ["sample_s", "start_up_s", "images_per_second", "peak_gib", "fraction_of_limit"]
+ROWS += ["sample_s", "start_up_s", "load_s", "load_host_gib", "images_per_second", "peak_gib", "fraction_of_limit"]
 
 
 def takes(name: str, part: str) -> bool:
@@ -690,7 +692,7 @@ class Bench:
     def run(self, parts: list[str]) -> None:
         """Measure part by part, writing all results so far after each."""
         results, how = self.results, {"agreement": self.agreement, "start_up": self.start_up}
-        results["limit"] = limits(self.setup)
+        results["limit"], results["weights_gib"] = limits(self.setup), weights_gib(self.setup)
         for part in parts:
             began, names = time.monotonic(), [name for name in self.names if takes(name, part)]
             done, failures = how[part](names) if part in how else self.times(part, names)
@@ -763,7 +765,8 @@ class Bench:
             runs, reasons = zip(*(attempt(self.fresh_process, name) for _ in range(count)), strict=True)
             peaks = [run["peak_gib"] for run in runs if run]
             if peaks:
-                put(self.results[name], "start_up_s", values=[run["start_up_s"] for run in runs if run])
+                for row in ("start_up_s", "load_s", "load_host_gib"):
+                    put(self.results[name], row, values=[run[row] for run in runs if run])
                 self.results[name]["peak_gib"] = {key: max(peak[key] for peak in peaks) for key in peaks[0]}
             else:
                 failures[name] = reasons[0]
@@ -834,11 +837,22 @@ def host_peak() -> int:
 
 @torch.no_grad()
 def child(name: str, setup: Setup) -> None:
-    """The first edit of a fresh process: when it was there and how much memory it took."""
+    """Loading, and the first edit of a fresh process: when it was there and how much memory it took."""
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401 - imports are no part of loading
+
+    if not name.startswith("p2pz"):
+        from diffusers.pipelines.deprecated.stable_diffusion_variants import (
+            pipeline_stable_diffusion_pix2pix_zero,  # noqa: F401
+        )
+    torch.zeros(1, device=setup.device)  # nor is the start of CUDA
+    synchronise(setup.device)
+    began = time.perf_counter()
     contender = make(name, setup)
+    synchronise(setup.device)
+    report = {"load_s": time.perf_counter() - began, "load_host_gib": host_peak() / 2**30}
     contender.total()()
     synchronise(setup.device)
-    report, peak = {"finished": time.time()}, {"host": host_peak()}
+    report["finished"], peak = time.time(), {"host": host_peak()}
     if setup.device != "cpu":
         peak |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     report["added_s"] = contender.added_s if name == "compiled" else 0
@@ -867,6 +881,13 @@ def limits(setup: Setup) -> dict[str, float]:
             noise.sum().backward()
     found = {"matrix_flop_per_s": 2 * side**3 / median(times[""]), "forward_flop": forward.get_total_flops()}
     return found | {"forward_and_gradient_flop": forward.get_total_flops() + backward.get_total_flops()}
+
+
+def weights_gib(setup: Setup) -> float:
+    """What the weights take on disk."""
+    checkpoint = open_checkpoint(setup.folder)
+    parts = checkpoint.unet, checkpoint.vae, checkpoint.text_encoder
+    return sum(tensor.nbytes for part in parts for tensor in part.tensors.values()) / 2**30
 
 
 def put(rows: dict[str, Any], row: str, key: str | None = None, *, values: list[float]) -> None:
@@ -949,7 +970,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines += ["", "\\* the two were not timed in the same run.", ""]
     lines += [f"A UNet forward is {limit['forward_flop'] / 1e12:.4g} TFLOP for an image, with its input gradient "]
     lines[-1] += f"{limit['forward_and_gradient_flop'] / 1e12:.4g}; a matrix product reaches "
-    lines[-1] += f"{limit['matrix_flop_per_s'] / 1e12:.4g} TFLOP/s."
+    lines[-1] += f"{limit['matrix_flop_per_s'] / 1e12:.4g} TFLOP/s. "
+    lines[-1] += f"The weights take {results['weights_gib']:.4g} GiB on disk."
     lines += ["", "## Agreement", ""]
     lines += [f"- {dtype}, {key.replace('_', ' ')}: {v:.2g}" for dtype, d in agreement.items() for key, v in d.items()]
     lines += ["", "## How to read the table", "", __doc__.split("\n\n", 2)[2]]
@@ -967,7 +989,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 def same_run(results: dict[str, Any], row: str, name: str) -> bool:
     """Whether a contender's row was timed in the run in which p2pz's was."""
-    part = {"peak_gib": "start_up", "images_per_second": "total"}.get(row)
+    parts = {"images_per_second": "total"} | dict.fromkeys(("peak_gib", "load_s", "load_host_gib"), "start_up")
+    part = parts.get(row)
     part = part or next(part for part in PARTS if PARTS[part].row == row)
     runs = [results[who]["runs"].get(part, {}).get("date") for who in ("p2pz", name)]
     return runs[0] == runs[1]

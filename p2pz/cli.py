@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from p2pz.model import Model
 
 PRESETS = ("p2pz", "authors", "diffusers")
-BENCHES = ("edit_speed", "kernels", "quality", "pie_bench", "attention_cost", "cpu_edit")
+BENCHES = ("edit_speed", "scaling", "kernels", "quality", "pie_bench", "attention_cost", "cpu_edit")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
