@@ -1,7 +1,8 @@
 """Attention as an argument: every attention layer of the UNet calls `attend(q, k, v, site)`.
 
 Whoever wants to look at attention, or change it, passes another function of that form. Nothing is patched and nothing
-is registered: a recorder or a guide is a closure that owns what it collects.
+is registered: a recorder or a guide is a closure that owns what it collects. Residual blocks can be looked at, and
+changed, in the same way: each calls `features(x, site)`, if there is such a function.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,20 +14,21 @@ from torch import Tensor
 
 from p2pz.kernels import attention, attention_with_maps, guided_attention
 
-KINDS = ("self", "cross")
+KINDS = ("self", "cross", "features")
 BRANCHES = ("edit", "reference", "sample", "inversion")
 HALVES = ("conditional", "negative")
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where in the UNet, and when in a run, an attention call happens.
+    """Where in the UNet, and when in a run, a hook is called.
 
     Attributes:
-        path: the layer's name in the checkpoint, e.g. `mid_block.attentions.0.transformer_blocks.0.attn2`.
-        kind: `"self"` or `"cross"`.
-        height, width: size of the feature map whose `height * width` positions are the queries, row by row.
-        heads: number of attention heads.
+        path: the layer's name in the checkpoint, e.g. `mid_block.attentions.0.transformer_blocks.0.attn2` or
+            `up_blocks.1.resnets.1`.
+        kind: `"self"` or `"cross"` attention, or `"features"` of a residual block.
+        height, width: size of the feature map; its `height * width` positions are the queries, row by row.
+        heads: number of attention heads; 0 in a residual block.
         branch: what the images of the call are being made into: `"edit"`, `"reference"`, `"sample"` or `"inversion"`;
             empty in a forward pass outside these.
         half: `"negative"` or `"conditional"` half of classifier-free guidance.
@@ -57,6 +59,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
 
 plain = attend
 """The default under a name that an argument called `attend` does not hide."""
+
+
+Features = Callable[[Tensor, Site], Tensor]
+"""`features(x [B, C, h, w], site) -> x`: what a residual block's second convolution makes, before the block adds that
+convolution's bias and its own input to it."""
+
+
+class Hooks(NamedTuple):
+    """Both functions that a forward pass can be given, in the place of `attend`.
+
+    Attributes:
+        attend: called in every attention layer.
+        features: called in every residual block; None: nothing is called.
+    """
+
+    attend: Attend = plain
+    features: Features | None = None
+
+
+def hooks_of(attend: Attend | Hooks) -> Hooks:
+    """The same for an `attend` alone."""
+    return attend if isinstance(attend, Hooks) else Hooks(attend)
 
 
 class Part(NamedTuple):
@@ -92,31 +116,55 @@ def attend_by_parts(
     """
     if attend is plain:
         return plain
+    return _by_parts("attend", attend, attention, parts, index, timesteps, guiding)
+
+
+def features_by_parts(
+    features: Features | None, parts: Sequence[Part], index: Tensor, timesteps: Sequence[int], guiding: bool = False
+) -> Features | None:
+    """The same for a `features`; None is given back. Rows that are ahead of the last step keep their features."""
+    if features is None:
+        return None
+    return _by_parts("features", features, lambda x: x, parts, index, timesteps, guiding)
+
+
+def _by_parts(
+    name: str,
+    hook: Callable[..., Tensor],
+    default: Callable[..., Tensor],
+    parts: Sequence[Part],
+    index: Tensor,
+    timesteps: Sequence[int],
+    guiding: bool,
+) -> Callable[..., Tensor]:
+    """A hook of either kind; `default` is what rows that are ahead of the last step get."""
     step, rows = int(index), [part.rows for part in parts]
 
-    def attend_to_each(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+    def call_for_each(*states_and_site: Tensor | Site) -> Tensor:
+        *whole, site = states_and_site
         outs = []
-        for part, *states in zip(parts, *(x.split(rows) for x in (q, k, v)), strict=True):
+        for part, *states in zip(parts, *(x.split(rows) for x in whole), strict=True):
             now = step + part.ahead
             if now >= len(timesteps):
-                outs.append(attention(*states))
+                outs.append(default(*states))
                 continue
             when = {"step": now, "timestep": int(timesteps[now]), "guiding": guiding}
             told = replace(site, branch=part.branch, half=part.half, **when)
-            out = attend(*states, told)
-            _check_out(out, states[0], states[2], told)
+            out = hook(*states, told)
+            _check_out(name, out, states[0], states[-1], told)
             outs.append(out)
         return torch.cat(outs) if len(outs) > 1 else outs[0]
 
-    return attend_to_each
+    return call_for_each
 
 
-def _check_out(out: Tensor, q: Tensor, v: Tensor, site: Site) -> None:
-    wanted = f"{v.dtype} {[*q.shape[:3], v.shape[3]]} on {v.device}"
+def _check_out(name: str, out: Tensor, first: Tensor, last: Tensor, site: Site) -> None:
+    """The output is like queries and values, or like features."""
+    wanted = f"{last.dtype} {[*first.shape[:3], last.shape[3]]} on {last.device}"
     found = f"{out.dtype} {list(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
     if found != wanted:
         when = f"step {site.step}, {site.branch} {site.half}"
-        raise ValueError(f"attend must return {wanted}, not {found}: at {site.path} ({when})")
+        raise ValueError(f"{name} must return {wanted}, not {found}: at {site.path} ({when})")
 
 
 def record_cross_attention(maps: dict[str, Tensor]) -> Attend:

@@ -7,6 +7,9 @@ A change is an `attend` with one argument more, what would happen without it:
 so it may hand other queries, keys or values on, or work on the output, or do something else altogether. Those below
 change what is being made, an edit or a sample, and leave reference and inversion alone; those of cross-attention
 concern the conditional half, whose tokens are the caption's. The combinators apply to every call they are given.
+
+A change of features, for a `features` argument, is `change(x, site) -> x`. `chain`, `only` and `between` combine such
+changes too; without them features stay as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.attention import BRANCHES, HALVES, KINDS, Attend, Site, plain
+from p2pz.attention import BRANCHES, HALVES, KINDS, Attend, Features, Site, plain
 from p2pz.kernels import attend_with_probabilities, attention_probabilities, attention_with_maps, edited_attention
 
 Change = Callable[..., Tensor]
@@ -30,13 +33,20 @@ def _around(change: Change, attend: Attend) -> Attend:
     return change if attend is plain else partial(change, attend=attend)
 
 
+def _either(of_attention: Change, of_features: Features) -> Change:
+    """One function for both kinds of calls: `q, k, v, site` and perhaps `attend`, or `x, site`."""
+    return lambda *call, **more: (of_features if len(call) == 2 else of_attention)(*call, **more)
+
+
 def chain(*changes: Change) -> Change:
     """One change of several: each gets the next as its `attend`, and the last the default.
 
-    So the first has the last word on the output, and the last on what becomes of the queries, keys and values.
+    So the first has the last word on the output, and the last on what becomes of the queries, keys and values. Of
+    features: the last is applied first.
 
     Args:
-        changes: at least one; the last may be any `attend` function of four arguments.
+        changes: at least one, all of attention or all of features; the last may be any `attend` function of four
+            arguments.
     """
     first, *others = changes
     if not others:
@@ -46,7 +56,7 @@ def chain(*changes: Change) -> Change:
     def chained(q: Tensor, k: Tensor, v: Tensor, site: Site, attend: Attend = plain) -> Tensor:
         return first(q, k, v, site, _around(rest, attend))
 
-    return chained
+    return _either(chained, lambda x, site: first(rest(x, site), site))
 
 
 def where(
@@ -86,15 +96,15 @@ def only(sites: str | Callable[[Site], bool], change: Change) -> Change:
 
     Args:
         sites: part of a path as in `where`, or a test such as `where` gives.
-        change: a change, or an `attend` function. One that follows the reference must see its calls too: choose its
-            layers, not its branch.
+        change: a change, or an `attend` or `features` function. One that follows the reference must see its calls too:
+            choose its layers, not its branch.
     """
     here = where(sites) if isinstance(sites, str) else sites
 
     def change_there(q: Tensor, k: Tensor, v: Tensor, site: Site, attend: Attend = plain) -> Tensor:
         return (_around(change, attend) if here(site) else attend)(q, k, v, site)
 
-    return change_there
+    return _either(change_there, lambda x, site: change(x, site) if here(site) else x)
 
 
 def between(steps: range | tuple[float, float], change: Change) -> Change:
@@ -104,7 +114,7 @@ def between(steps: range | tuple[float, float], change: Change) -> Change:
         steps: their numbers, `range(5, 10)`; or shares of the way from noise to image, in training timesteps, between
             which a step has to end: `(0.0, 0.4)` for the first 40 % of an edit or sample. An inversion walks this way
             backwards.
-        change: a change, or an `attend` function.
+        change: a change, or an `attend` or `features` function.
 
     Raises:
         ValueError: the shares are not in order, from 0 to 1.
@@ -177,7 +187,7 @@ def _captioned(site: Site) -> bool:
 
 def _spread(x: Tensor, rows: int) -> Tensor:
     """Rows of the images for edits with several directions: all images with the first, then with the next."""
-    return x.repeat(rows // len(x), *[1] * (x.ndim - 1))
+    return torch.cat([x] * (rows // len(x)))
 
 
 def _for_rows(factors: Tensor | None, q: Tensor, axes: int) -> Tensor | None:
@@ -188,28 +198,43 @@ def _for_rows(factors: Tensor | None, q: Tensor, axes: int) -> Tensor | None:
     return factors if factors.ndim == axes else _spread(factors, len(q))
 
 
-def _follow(kind: str, use: Callable[..., Tensor]) -> Change:
-    """A change of an edit that knows its reference: `use(q, k, v, site, attend, reference's (q, k, v))` is the output.
+class _Reference:
+    """What the reference had at each layer.
 
-    The reference's step comes before the edit's same step, and a layer's rows of the edit before those of the
-    reference's next step; so one step of each layer is all there is to keep. For a half that the reference has not got
-    its conditional half serves.
+    Its step comes before the edit's same step, and a layer's rows of the edit before those of the reference's next
+    step; so one step of each layer is all there is to keep. For a half that the reference has not got its conditional
+    half serves.
     """
-    kept: dict[str, tuple[int, dict[str, tuple[Tensor, Tensor, Tensor]]]] = {}
 
-    def follow(q: Tensor, k: Tensor, v: Tensor, site: Site, attend: Attend = plain) -> Tensor:
-        step, halves = kept.get(site.path, (None, {}))
-        if site.kind == kind and site.branch == "reference":
-            kept[site.path] = site.step, (halves if step == site.step else {}) | {site.half: (q, k, v)}
-        if not (_captioned(site) if kind == "cross" else site.kind == "self" and _is_made(site)):
-            return attend(q, k, v, site)
+    def __init__(self):
+        self._kept: dict[str, tuple[int, dict[str, tuple[Tensor, ...]]]] = {}
+
+    def keep(self, site: Site, *states: Tensor) -> None:
+        step, halves = self._kept.get(site.path, (None, {}))
+        self._kept[site.path] = site.step, (halves if step == site.step else {}) | {site.half: states}
+
+    def at(self, site: Site, rows: int) -> tuple[Tensor, ...]:
+        """For so many rows of the edit."""
+        step, halves = self._kept.get(site.path, (None, {}))
         if step != site.step or site.branch != "edit":
             raise ValueError(
-                f"this change takes attention from the reference pass of p2pz.edit, and has not seen step {site.step} "
-                f"of it at {site.path}: do not keep it from the reference (choose layers and steps, not a branch)"
+                f"this change follows the reference pass of p2pz.edit, and has not seen step {site.step} of it at "
+                f"{site.path}: do not keep it from the reference (choose layers and steps, not a branch)"
             )
-        reference = halves[site.half] if site.half in halves else halves["conditional"]
-        return use(q, k, v, site, attend, tuple(_spread(x, len(q)) for x in reference))
+        states = halves[site.half] if site.half in halves else halves["conditional"]
+        return tuple(_spread(x, rows) for x in states)
+
+
+def _follow(kind: str, use: Callable[..., Tensor]) -> Change:
+    """A change of an edit that knows its reference: `use(q, k, v, site, attend, (q, k, v) of that)` is the output."""
+    reference = _Reference()
+
+    def follow(q: Tensor, k: Tensor, v: Tensor, site: Site, attend: Attend = plain) -> Tensor:
+        if site.kind == kind and site.branch == "reference":
+            reference.keep(site, q, k, v)
+        if not (_captioned(site) if kind == "cross" else site.kind == "self" and _is_made(site)):
+            return attend(q, k, v, site)
+        return use(q, k, v, site, attend, reference.at(site, len(q)))
 
     return follow
 
@@ -339,9 +364,25 @@ def share_keys_and_values() -> Change:
 def inject_queries_and_keys() -> Change:
     """The edit's self-attention maps are the reference's: its layout stays, while values are its own.
 
-    The residual features that the paper injects too are no attention, and out of reach here.
-
     Source: Tumanyan et al., "Plug-and-Play Diffusion Features for Text-Driven Image-to-Image Translation" (2023),
-    section 4 (there in the decoder and the first half of the steps).
+    section 4 (there in the decoder and the first half of the steps, together with `inject_features`).
     """
     return _follow("self", lambda q, k, v, site, attend, reference: attend(*reference[:2], v, site))
+
+
+def inject_features() -> Features:
+    """The edit's residual features are the reference's: its shapes stay. For the `features` argument.
+
+    Everywhere that is nearly the whole reference: `only("up_blocks.1.resnets.1", ...)` chooses the paper's block.
+
+    Source: Tumanyan et al. (2023), section 4 (there in that block of Stable Diffusion 1, layer 4 of the decoder, and
+    the first 80 % of the steps).
+    """
+    reference = _Reference()
+
+    def inject(x: Tensor, site: Site) -> Tensor:
+        if site.branch == "reference":
+            reference.keep(site, x)
+        return reference.at(site, len(x))[0] if _is_made(site) else x
+
+    return inject

@@ -17,11 +17,15 @@ from torch import Tensor
 
 from p2pz.attention import (
     Attend,
+    Features,
+    Hooks,
     Part,
     QueriesAndKeys,
     Site,
     attend_by_parts,
+    features_by_parts,
     guide_cross_attention,
+    hooks_of,
     keep_queries_and_keys,
     plain,
 )
@@ -91,7 +95,7 @@ def map_gradient(
     latents: Tensor,
     conditioning: Conditioning,
     reference: QueriesAndKeys,
-    attend: Attend = plain,
+    attend: Attend | Hooks = plain,
     resolution_weights: Sequence[float] = (),
     token_weights: Tensor | None = None,
 ) -> Tensor:
@@ -105,7 +109,7 @@ def map_gradient(
         latents: `[B, 4, h, w]`.
         conditioning: timestep and texts, as in `Model.predict`.
         reference: what the reference maps are made of, see `keep_queries_and_keys`.
-        attend: what happens in every attention layer.
+        attend: what happens in every attention layer, or `Hooks` of that and of features.
         resolution_weights: factors of the loss, see `p2pz.presets.Settings`.
         token_weights: factors of the tokens, `[M]` or `[B, M]`; None: 1.
 
@@ -115,7 +119,8 @@ def map_gradient(
     Source: Parmar et al. (2023), equation 6.
     """
     losses: list[Tensor] = []
-    guide = guide_cross_attention(reference, losses, attend, token_weights)
+    hooks = hooks_of(attend)
+    guide = guide_cross_attention(reference, losses, hooks.attend, token_weights)
     *_, last = reference
 
     def guide_to_the_last(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -128,7 +133,7 @@ def map_gradient(
     with torch.enable_grad():
         latents = latents.detach().requires_grad_()
         with contextlib.suppress(_LastMapSeen):
-            model.predict(latents, conditioning, guide_to_the_last, model.checkpoint)
+            model.predict(latents, conditioning, Hooks(guide_to_the_last, hooks.features), model.checkpoint)
         if resolution_weights:
             last_level = len(resolution_weights) - 1
             levels = [min(model.unet.level_of(path), last_level) for path in reference]
@@ -212,7 +217,7 @@ def edit_latents(
     progress: bool | None = None,
     path: Tensor | None = None,
     token_weights: Tensor | None = None,
-    attend: Attend = plain,
+    attend: Attend | Hooks = plain,
     recorder: Recorder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Denoise with the caption and with edited captions, in lockstep.
@@ -232,8 +237,9 @@ def edit_latents(
         progress: show a bar; None: on a terminal only.
         path: for the reference `"path"`, the latents of the inversion, `[steps + 1, B, 4, h, w]`.
         token_weights: factors of each caption's tokens in the map loss, `[B, 77]`; None: 1.
-        attend: what happens in every attention layer of both passes, see `p2pz.attention`; any but the default runs
-            unrecorded. A step of the reference comes before the same step of the edits.
+        attend: what happens in every attention layer of both passes, or `Hooks` of that and of features, see
+            `p2pz.attention`; any but the default runs unrecorded. A step of the reference comes before the same step of
+            the edits.
         recorder: keeps cross-attention maps, see `p2pz.recording`.
 
     Returns:
@@ -241,6 +247,7 @@ def edit_latents(
 
     Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), algorithm 1.
     """
+    hooks = hooks_of(attend)
     images, edits = len(noise), len(edited)
     copies = edits // images
     pairs, steps = settings.guidance != 1, settings.steps
@@ -299,9 +306,11 @@ def edit_latents(
         shifts, keys_values, alphas, scales = constants[:4]
         kept: QueriesAndKeys = {}
         maps: list[Tensor] = []
-        told = attend_in_step(attend, recorder, first_parts, index, schedule.timesteps, maps)
+        told = attend_in_step(hooks.attend, recorder, first_parts, index, schedule.timesteps, maps)
+        features = features_by_parts(hooks.features, first_parts, index, schedule.timesteps)
         conditioning = Conditioning(shifts[0], keys_values).of(slice(edit_rows, None))
-        prediction = model.predict(halves(noise, reference_pairs), conditioning, keep_queries_and_keys(kept, told))
+        both = Hooks(keep_queries_and_keys(kept, told), features)
+        prediction = model.predict(halves(noise, reference_pairs), conditioning, both)
         reference = step_reference(noise, prediction, alphas[0], scales, unpack(constants)[0], index)
         return [reference, *reference_queries(kept), *maps]
 
@@ -319,7 +328,10 @@ def edit_latents(
                 for q, (path, k) in zip(queries[:layers], model.unet.keys(keys_values[edit_rows:]).items(), strict=True)
             }
             conditioning = Conditioning(now, keys_values).of(slice(edit_rows - len(start), edit_rows))
-            told = attend_by_parts(attend, guided_parts, index, schedule.timesteps, guiding=True)
+            told = Hooks(
+                attend_by_parts(hooks.attend, guided_parts, index, schedule.timesteps, guiding=True),
+                features_by_parts(hooks.features, guided_parts, index, schedule.timesteps, guiding=True),
+            )
             gradient = map_gradient(model, start, conditioning, references, told, settings.resolution_weights, weights)
             if followed == 1:
                 moved = halves(latents - scales[1] * gradient)
@@ -334,8 +346,10 @@ def edit_latents(
         inputs = torch.cat([moved, halves(reference, reference_pairs)])
         now, later = (shift.expand(len(texts), -1) for shift in (now, later))
         conditions = torch.cat([now[:edit_rows], later[edit_rows:]])
-        told = attend_in_step(attend, recorder, parts, index, schedule.timesteps, maps)
-        prediction = model.predict(inputs, Conditioning(conditions, keys_values), keep_queries_and_keys(kept, told))
+        told = attend_in_step(hooks.attend, recorder, parts, index, schedule.timesteps, maps)
+        features = features_by_parts(hooks.features, parts, index, schedule.timesteps)
+        both = Hooks(keep_queries_and_keys(kept, told), features)
+        prediction = model.predict(inputs, Conditioning(conditions, keys_values), both)
         noise = model.to_noise(prediction[:edit_rows], moved, alphas_now[0])
         latents = ddim_step(latents, guided(noise, scales[0], pairs), *alphas_now)
         reference = step_reference(reference, prediction[edit_rows:], alphas_later, scales, path_table, index + 1)
@@ -345,7 +359,7 @@ def edit_latents(
         "edit", id(model.unet), pairs, reference_pairs, layers, settings.gradient, on_path,
         token_weights is not None, settings.resolution_weights, model.checkpoint, recorder and recorder.key,
     )  # fmt: skip
-    graphs = model.graphs if attend is plain else Graphs(record=False)
+    graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
     empty_maps, each = [], None
     if recorder:
         empty_maps = recorder.begin(model.unet, parts, noise, schedule.timesteps, keys_values.shape[1])
@@ -388,6 +402,7 @@ def edit(
     progress: bool | None = None,
     token_weights: Mapping[str, float] | None = None,
     attend: Attend = plain,
+    features: Features | None = None,
     record: Recorder | None = None,
     **settings: Any,
 ) -> EditResult | list[EditResult] | list[list[EditResult]]:
@@ -414,6 +429,7 @@ def edit(
         progress: show bars; None: on a terminal only.
         token_weights: words of the prompt -> factor of their maps in the map guidance's loss; 0 lets them go.
         attend: what happens in every attention layer of reference and edit, see `p2pz.attention`.
+        features: what becomes of the features of every residual block, likewise; None: they stay.
         record: keeps cross-attention maps, see `p2pz.record`.
         settings: further fields of `p2pz.presets.Settings`.
 
@@ -445,6 +461,7 @@ def edit(
     sizes = [pictures[i].size[::-1] if i in pictures else image_size(item, model) for i, item in enumerate(items)]
     plans = {size: plan_for(model, size, batch_size, rows, guided_rows) for size in sizes}
     prompts = prompts_for(items, pictures, prompt, source_prompt(directions[0].source), model)
+    hooks = Hooks(attend, features)
     results: list[list[EditResult | None]] = [[None] * len(directions) for _ in items]
     if record:
         record.clear()
@@ -466,7 +483,7 @@ def edit(
             for some in _alike(numbers, max(1, most // len(batch))):
                 edited, reconstructions = _edit_batch(
                     model, [inversions[i] for i in batch], caption, negative_prompt,
-                    [directions[j] for j in some], [numbers[j] for j in some], progress, weights, attend, record,
+                    [directions[j] for j in some], [numbers[j] for j in some], progress, weights, hooks, record,
                 )  # fmt: skip
                 made_of = list(itertools.product(some, batch))
                 if record:
@@ -523,7 +540,7 @@ def _edit_batch(
     settings: Sequence[Settings],
     progress: bool | None,
     token_weights: Tensor | None,
-    attend: Attend,
+    hooks: Hooks,
     recorder: Recorder | None,
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """Edited pictures, those of the first direction first, and reconstructions of a batch."""
@@ -546,7 +563,7 @@ def _edit_batch(
     if settings[0].blend:
         mask = mask_of_change(model, path, caption, edited, settings[0].blend)
     latents, reference = edit_latents(
-        model, noise, caption, negative, edited, settings[0], progress, path, token_weights, attend, recorder
+        model, noise, caption, negative, edited, settings[0], progress, path, token_weights, hooks, recorder
     )
     timestep = denoising_schedule(settings[0].steps).timesteps[0]
     start = noise.repeat(len(directions), 1, 1, 1)

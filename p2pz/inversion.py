@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from p2pz.attention import Attend, Part, plain
+from p2pz.attention import Attend, Features, Hooks, Part, features_by_parts, hooks_of, plain
 from p2pz.captions import captions_for
 from p2pz.checks import check_finite
 from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
@@ -124,7 +124,7 @@ def invert_latents(
     settings: Settings,
     generator: torch.Generator,
     progress: bool | None = None,
-    attend: Attend = plain,
+    attend: Attend | Hooks = plain,
     recorder: Recorder | None = None,
 ) -> Tensor:
     """Walk from image latents to noise.
@@ -136,7 +136,8 @@ def invert_latents(
         settings: steps, schedule and regulariser.
         generator: for the regulariser's offsets, on the CPU.
         progress: show a bar; None: on a terminal only.
-        attend: what happens in every attention layer, see `p2pz.attention`; any but the default runs unrecorded.
+        attend: what happens in every attention layer, or `Hooks` of that and of features, see `p2pz.attention`; any but
+            the default runs unrecorded.
         recorder: keeps cross-attention maps, see `p2pz.recording`.
 
     Returns:
@@ -148,13 +149,17 @@ def invert_latents(
     strengths = settings.autocorrelation_strength, settings.kl_strength
 
     parts = [Part(len(image_latents), "inversion", "conditional")]
+    hooks = hooks_of(attend)
     path = [image_latents]
 
     def step(index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
         (latents, *_), (shifts, keys_values, alphas, *offsets) = state, constants
         alpha_from, alpha_to = row(alphas, index)
         maps: list[Tensor] = []
-        told = attend_in_step(attend, recorder, parts, index, schedule.timesteps, maps)
+        told = Hooks(
+            attend_in_step(hooks.attend, recorder, parts, index, schedule.timesteps, maps),
+            features_by_parts(hooks.features, parts, index, schedule.timesteps),
+        )
         prediction = model.predict(latents, Conditioning(row(shifts, index), keys_values), told)
         noise = model.to_noise(prediction, latents, alpha_from)
         if offsets:
@@ -176,7 +181,7 @@ def invert_latents(
     if recorder:
         state += recorder.begin(model.unet, parts, image_latents, schedule.timesteps, conditioning.keys_values.shape[1])
     kind = "invert", id(model.unet), *strengths, settings.form, recorder and recorder.key
-    graphs = model.graphs if attend is plain else Graphs(record=False)
+    graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
     graphs.run(kind, step, state, constants, len(schedule), "inverting", hide(progress), each)
     return torch.stack(path)
 
@@ -216,7 +221,7 @@ def invert_pictures(
     seed: int = 0,
     progress: bool | None = None,
     context: Tensor | None = None,
-    attend: Attend = plain,
+    attend: Attend | Hooks = plain,
     recorder: Recorder | None = None,
 ) -> list[Inversion]:
     """Invert pictures of one size as one batch.
@@ -282,6 +287,7 @@ def invert(
     size: int | None = None,
     progress: bool | None = None,
     attend: Attend = plain,
+    features: Features | None = None,
     record: Recorder | None = None,
     **settings: Any,
 ) -> Inversion | list[Inversion]:
@@ -298,6 +304,9 @@ def invert(
         seed: of all randomness; the same seed gives the same noise.
         size: images are worked on at about `size * size` pixels, 64 to 1536; None: `model.native_size`.
         progress: show a bar; None: on a terminal only.
+        attend: what happens in every attention layer, see `p2pz.attention`.
+        features: what becomes of the features of every residual block, likewise; None: they stay.
+        record: keeps cross-attention maps, see `p2pz.record`.
         settings: further fields of `p2pz.presets.Settings`.
 
     Returns:
@@ -323,7 +332,7 @@ def invert(
             batch = group[start : start + plan.images]
             done = invert_pictures(
                 plan.apply(model), [pictures[i] for i in batch], [prompts[i] for i in batch], numbers, seed, progress,
-                attend=attend, recorder=record,
+                attend=Hooks(attend, features), recorder=record,
             )  # fmt: skip
             if record:
                 record.finish(batch, [prompts[i] for i in batch], [{"inversion": i} for i in range(len(batch))])

@@ -17,6 +17,10 @@ def group_normed(
     return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, shift=shift, residual=residual)
 
 
+Summands = tuple[Tensor, Tensor, Tensor]
+"""See `ResnetBlock.summands`."""
+
+
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions with group norm and SiLU, plus the input.
 
@@ -47,7 +51,7 @@ class ResnetBlock(nn.Module):
         """
         return self.time_emb_proj(F.silu(time_embedding)) + self.conv1.bias
 
-    def summands(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def summands(self, x: Tensor, shift: Tensor | None = None) -> Summands:
         """The block's result as three summands, for a reader who adds while reading; so no pass over memory is spent
         on biases.
 
@@ -68,8 +72,13 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """`[B, in_channels, h, w]` to `[B, out_channels, h, w]`, see `summands`."""
-        hidden, carried, bias = self.summands(x, shift)
-        return to_map(add_residual(to_tokens(hidden), to_tokens(carried), bias), *x.shape[2:])
+        return added(self.summands(x, shift))
+
+
+def added(summands: Summands) -> Tensor:
+    """The sum of a residual block's `summands`, `[B, C, h, w]`."""
+    hidden, carried, bias = summands
+    return to_map(add_residual(to_tokens(hidden), to_tokens(carried), bias), *carried.shape[2:])
 
 
 class Downsample(nn.Module):

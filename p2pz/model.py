@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from p2pz import schedule, text
-from p2pz.attention import Attend, attend
+from p2pz.attention import Attend, Hooks, attend
 from p2pz.engine import Graphs, explain_out_of_memory
 from p2pz.unet import Conditioning, UNet, UNetConfig
 from p2pz.vae import VAE, VAEConfig
@@ -195,14 +195,14 @@ class Model:
         return self.unet.condition(timesteps, context, (height, width))
 
     def predict(
-        self, latents: Tensor, conditioning: Conditioning, attend: Attend = attend, checkpoint: bool = False
+        self, latents: Tensor, conditioning: Conditioning, attend: Attend | Hooks = attend, checkpoint: bool = False
     ) -> Tensor:
         """Output of the UNet, see `to_noise` for what it means.
 
         Args:
             latents: `[B, 4, h, w]` float32.
             conditioning: timesteps and texts, see `condition`; shifts `[S]` or `[B, S]`.
-            attend: see `p2pz.attention`.
+            attend: what happens in every attention layer, or `Hooks` of that and of features, see `p2pz.attention`.
             checkpoint: keep less for a backward pass, see `UNet.predict`.
 
         Returns:

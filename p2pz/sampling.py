@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from p2pz.attention import Attend, Part, plain
+from p2pz.attention import Attend, Features, Hooks, Part, features_by_parts, hooks_of, plain
 from p2pz.editing import guided
 from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.images import as_list, to_pictures
@@ -30,7 +30,7 @@ def sample_latents(
     guidance: float,
     progress: bool | None = None,
     skip: int = 0,
-    attend: Attend = plain,
+    attend: Attend | Hooks = plain,
     recorder: Recorder | None = None,
 ) -> Tensor:
     """Denoise from noise.
@@ -44,7 +44,8 @@ def sample_latents(
         guidance: classifier-free guidance scale; 1 leaves the negative half out.
         progress: show a bar; None: on a terminal only.
         skip: steps to leave out at the beginning, fewer than `steps`.
-        attend: what happens in every attention layer, see `p2pz.attention`; any but the default runs unrecorded.
+        attend: what happens in every attention layer, or `Hooks` of that and of features, see `p2pz.attention`; any but
+            the default runs unrecorded.
         recorder: keeps cross-attention maps, see `p2pz.recording`.
 
     Returns:
@@ -58,13 +59,17 @@ def sample_latents(
     texts = torch.cat([negative, context]) if pairs else context
     shifts, keys_values = model.condition(timesteps, texts, noise.shape[2:])
     parts = [Part(len(noise), "sample", half) for half in ("negative", "conditional")[1 - pairs :]]
+    hooks = hooks_of(attend)
 
     def step(index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
         (latents, *_), (shifts, keys_values, alphas, guidance) = state, constants
         alpha_from, alpha_to = row(alphas, index)
         halves = torch.cat([latents, latents]) if pairs else latents
         maps: list[Tensor] = []
-        told = attend_in_step(attend, recorder, parts, index, timesteps, maps)
+        told = Hooks(
+            attend_in_step(hooks.attend, recorder, parts, index, timesteps, maps),
+            features_by_parts(hooks.features, parts, index, timesteps),
+        )
         prediction = model.predict(halves, Conditioning(row(shifts, index), keys_values), told)
         predicted = guided(model.to_noise(prediction, halves, alpha_from), guidance, pairs)
         return ddim_step(latents, predicted, alpha_from, alpha_to), *maps
@@ -79,7 +84,7 @@ def sample_latents(
             recorder.take(i, parts, state[1:])
 
     kind = "sample", id(model.unet), pairs, recorder and recorder.key
-    graphs = model.graphs if attend is plain else Graphs(record=False)
+    graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
     return graphs.run(kind, step, state, constants, steps - skip, "sampling", hide(progress), each)[0]
 
 
@@ -95,6 +100,7 @@ def sample(
     seed: int = 0,
     progress: bool | None = None,
     attend: Attend = plain,
+    features: Features | None = None,
     record: Recorder | None = None,
 ) -> list[Image.Image]:
     """Draw images from text.
@@ -109,6 +115,7 @@ def sample(
         seed: of the first image's noise; the i-th image has `seed + i`, so each can be drawn again alone.
         progress: show a bar; None: on a terminal only.
         attend: what happens in every attention layer, see `p2pz.attention`.
+        features: what becomes of the features of every residual block, likewise; None: they stay.
         record: keeps cross-attention maps, see `p2pz.record`.
 
     Returns:
@@ -141,8 +148,9 @@ def sample(
     pictures = []
     if record:
         record.clear()
+    hooks = Hooks(attend, features)
     for batch in zip(*batches, strict=True):
-        latents = sample_latents(model, *batch, steps, guidance, progress, attend=attend, recorder=record)
+        latents = sample_latents(model, *batch, steps, guidance, progress, attend=hooks, recorder=record)
         if record:
             places = range(len(pictures), len(pictures) + len(latents))
             rows = [{"sample": i} for i in range(len(latents))]

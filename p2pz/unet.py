@@ -9,12 +9,14 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from p2pz.attention import Attend, Site, attend
+from p2pz.attention import Attend, Features, Hooks, Site, attend, hooks_of
 from p2pz.kernels import add_residual, geglu, layer_norm
 from p2pz.layers import (
     Downsample,
     ResnetBlock,
+    Summands,
     Upsample,
+    added,
     group_normed,
     pointwise,
     timestep_embedding,
@@ -315,6 +317,14 @@ class TransformerBlock(nn.Module):
         return self.ff(normed, tokens)
 
 
+def _changed(summands: Summands, features: Features | None, path: str) -> Summands:
+    """What a residual block adds to its input, as somebody's function wants it."""
+    if features is None:
+        return summands
+    hidden, *others = summands
+    return features(hidden, Site(path, "features", *hidden.shape[2:], heads=0)), *others
+
+
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, plus the input."""
 
@@ -333,7 +343,7 @@ class SpatialTransformer(nn.Module):
         """Those of its blocks, the next ones."""
         return [next(keys_values) for _ in self.transformer_blocks]
 
-    def forward(self, summands: tuple[Tensor, Tensor, Tensor], keys_values: list[Tensor], attend: Attend) -> Tensor:
+    def forward(self, summands: Summands, keys_values: list[Tensor], attend: Attend) -> Tensor:
         """A residual block's `summands`, unadded, to a map `[B, C, h, w]`; `keys_values` are `[B, M, 2 * C]` each."""
         hidden, carried, bias = summands
         normed, x = group_normed(self.norm, hidden, shift=bias, residual=carried)
@@ -357,6 +367,7 @@ class Level(nn.Module):
     ):
         """`widths` lists (in, out) channels of each residual block; `level` is 0 for the finest resolution."""
         super().__init__()
+        self.path = path
         time_channels = 4 * config.block_out_channels[0]
         self.resnets = nn.ModuleList(
             ResnetBlock(before, after, config.norm_groups, 1e-5, time_channels) for before, after in widths
@@ -372,7 +383,7 @@ class Level(nn.Module):
         elif isinstance(resample, Upsample):
             self.upsamplers = nn.ModuleList([resample])
 
-    def layer(self, i: int, conditioning: Layers, attend: Attend) -> Callable[..., Tensor]:
+    def layer(self, i: int, conditioning: Layers, hooks: Hooks) -> Callable[..., Tensor]:
         """The i-th residual block and, where there is one, the transformer behind it, as a function of its input.
 
         The function takes maps `[B, C, h, w]`, of which it makes one with all their channels, and can be called again.
@@ -383,7 +394,8 @@ class Level(nn.Module):
 
         def run(*inputs: Tensor) -> Tensor:
             x = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
-            return transformer(block.summands(x, shift), keys_values, attend) if transformer else block(x, shift)
+            summands = _changed(block.summands(x, shift), hooks.features, f"{self.path}.resnets.{i}")
+            return transformer(summands, keys_values, hooks.attend) if transformer else added(summands)
 
         return run
 
@@ -400,11 +412,13 @@ class MiddleLevel(nn.Module):
         heads, layers = config.heads[-1], config.layers_of(-1)
         self.attentions = nn.ModuleList([SpatialTransformer(channels, heads, layers, config, "mid_block.attentions.0")])
 
-    def forward(self, x: Tensor, conditioning: Layers, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, conditioning: Layers, hooks: Hooks) -> Tensor:
         """`[B, C, h, w]` to the same shape."""
         summands = self.resnets[0].summands(x, next(conditioning.shifts))
-        x = self.attentions[0](summands, self.attentions[0].take(conditioning.keys_values), attend)
-        return self.resnets[1](x, next(conditioning.shifts))
+        summands = _changed(summands, hooks.features, "mid_block.resnets.0")
+        x = self.attentions[0](summands, self.attentions[0].take(conditioning.keys_values), hooks.attend)
+        summands = self.resnets[1].summands(x, next(conditioning.shifts))
+        return added(_changed(summands, hooks.features, "mid_block.resnets.1"))
 
 
 class TimeEmbedding(nn.Module):
@@ -551,7 +565,7 @@ class UNet(nn.Module):
         latents: Tensor,
         timesteps: Tensor,
         context: Tensor,
-        attend: Attend = attend,
+        attend: Attend | Hooks = attend,
         image_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Predict the noise.
@@ -560,7 +574,7 @@ class UNet(nn.Module):
             latents: `[B, in_channels, h, w]`, any height and width.
             timesteps: `[B]` or a scalar tensor, training steps (0 to 999).
             context: text states, `[B, M, context_channels]`, same dtype as the latents.
-            attend: what happens in every attention layer, see `p2pz.attention`.
+            attend: what happens in every attention layer, or `Hooks` of that and of features, see `p2pz.attention`.
             image_size: see `condition`.
 
         Returns:
@@ -570,21 +584,22 @@ class UNet(nn.Module):
         return self.predict(latents, conditioning.one_each(), attend)
 
     def predict(
-        self, latents: Tensor, conditioning: Conditioning, attend: Attend = attend, checkpoint: bool = False
+        self, latents: Tensor, conditioning: Conditioning, attend: Attend | Hooks = attend, checkpoint: bool = False
     ) -> Tensor:
         """The same with timesteps and context as `condition` leaves them.
 
         With `checkpoint`, a layer keeps nothing but its input for the backward pass, which runs the layer again, calls
-        of `attend` included. Not so the last layer that calls `attend`, so `attend` may end the pass there.
+        of hooks included. Not so the last layer that calls `attend`, so `attend` may end the pass there.
         """
         widths = [block.conv1.out_channels for block in self._residual_blocks]
         shifts = conditioning.shifts.split(widths, dim=-1)
+        hooks = hooks_of(attend)
         layers = Layers(iter(shifts), iter(self._split_keys_values(conditioning.keys_values)))
 
         last = [level for level in (self.mid_block, *self.up_blocks) if hasattr(level, "attentions")][-1]
 
         def run(level: Level, i: int, *inputs: Tensor) -> Tensor:
-            layer = level.layer(i, layers, attend)
+            layer = level.layer(i, layers, hooks)
             if not checkpoint or (level is last and i == len(level.resnets) - 1):
                 return layer(*inputs)
             return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -599,7 +614,7 @@ class UNet(nn.Module):
                 x = level.downsamplers[0](x)
                 skips.append(x)
 
-        x = self.mid_block(x, layers, attend)
+        x = self.mid_block(x, layers, hooks)
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
