@@ -94,12 +94,12 @@ PRESETS = {
 
 MINI_SETTINGS = Settings(
     steps=20,
-    strength=2.0,
+    strength=2.25,
     guidance=1.0,
     xa_guidance=1.0,
     gradient="conditional",
     reference="path",
-    blend=0.25,
+    blend=0.35,
     autocorrelation_strength=0.0,
     kl_strength=0.0,
 )
