@@ -306,6 +306,10 @@ def cost(run: TaskRun, method: Method, settings: dict[str, Any]) -> dict[str, fl
     source, caption = run.sources[0], run.captions[0]
 
     def edit_one(model: p2pz.Model) -> None:
+        if method.call is p2pz.edit:  # which makes use of having inverted the picture itself
+            options = method.fixed | settings
+            p2pz.edit(source, run.direction, model=model, prompt=caption, progress=False, **options)
+            return
         one = copy.copy(run)
         one.model, one.sources, one.captions, one.inverted = model, [source], [caption], {}
         one.edit(method, settings)

@@ -219,6 +219,7 @@ def edit_latents(
     token_weights: Tensor | None = None,
     attend: Attend | Hooks = plain,
     recorder: Recorder | None = None,
+    queries: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Denoise with the caption and with edited captions, in lockstep.
 
@@ -241,6 +242,7 @@ def edit_latents(
             `p2pz.attention`; any but the default runs unrecorded. A step of the reference comes before the same step of
             the edits.
         recorder: keeps cross-attention maps, see `p2pz.recording`.
+        queries: for the reference `"path"`, what the inversion left, see `invert_latents`: no reference pass then.
 
     Returns:
         Latents of the edits, `[K * B, 4, h, w]`, and of the reference, `[B, 4, h, w]`.
@@ -271,13 +273,17 @@ def edit_latents(
     followed = followed_rows(settings)
 
     tables = [shifts, keys_values, alphas, scales]
-    on_path = settings.reference == "path"
+    on_path, reference = settings.reference == "path", noise
     if on_path:
-        tables += [torch.cat([path[:-1].flip(0), path[:1]])]  # where the reference is after each step
+        # The inversion's pass for a timestep had the latents before its step.
+        reference = path[-2]
+        tables += [path[[max(steps - 2 - i, 0) for i in range(steps + 1)]]]  # where the reference is after each step
     if token_weights is not None:
         tables += [token_weights.repeat(followed * copies, 1)]
     constants = [tensor.to(model.device) for tensor in tables]
     parts = parts_of_edit(images, edits, pairs, reference_pairs)
+    if queries is not None or (on_path and not layers and recorder is None and hooks == Hooks()):
+        parts, reference_rows = parts[: 1 + pairs], 0  # there is nothing to learn from a reference pass
     guided_parts = [part for part in parts if part.branch == "edit"][-followed:]
     first_parts = [part._replace(ahead=0) for part in parts if part.branch == "reference"]
 
@@ -291,7 +297,7 @@ def edit_latents(
 
     def reference_queries(kept: QueriesAndKeys) -> list[Tensor]:
         """Those of the reference's rows, the last ones, layer by layer; its keys do not change."""
-        return [queries[-reference_rows:] for queries, _ in kept.values()] if layers else []
+        return [queries[-reference_rows:] for queries, _ in kept.values()] if layers and reference_rows else []
 
     def step_reference(
         latents: Tensor, prediction: Tensor, alphas: Tensor, scales: Tensor, path: Tensor | None, index: Tensor
@@ -315,7 +321,7 @@ def edit_latents(
         return [reference, *reference_queries(kept), *maps]
 
     def step(guiding: bool, index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
-        (latents, reference, *queries), (shifts, keys_values, alphas, scales) = state, constants[:4]
+        (latents, reference, *before), (shifts, keys_values, alphas, scales) = state, constants[:4]
         path_table, weights = unpack(constants)
         now, later = row(shifts, index), row(shifts, index + 1)
         alphas_now, alphas_later = row(alphas, index), row(alphas, index + 1)
@@ -323,9 +329,10 @@ def edit_latents(
         moved = halves(latents)
         if guiding:
             start = latents if followed == 1 else moved
+            given = before[:layers] if queries is None else constants[-layers:]
             references = {
                 path: (_spread(q, images, copies, followed), _spread(k, images, copies, followed))
-                for q, (path, k) in zip(queries[:layers], model.unet.keys(keys_values[edit_rows:]).items(), strict=True)
+                for q, (path, k) in zip(given, model.unet.keys(keys_values[edit_rows:]).items(), strict=True)
             }
             conditioning = Conditioning(now, keys_values).of(slice(edit_rows - len(start), edit_rows))
             told = Hooks(
@@ -343,20 +350,23 @@ def edit_latents(
 
         kept: QueriesAndKeys = {}
         maps: list[Tensor] = []
-        inputs = torch.cat([moved, halves(reference, reference_pairs)])
-        now, later = (shift.expand(len(texts), -1) for shift in (now, later))
-        conditions = torch.cat([now[:edit_rows], later[edit_rows:]])
+        inputs, conditioning = moved, Conditioning(now, keys_values).of(slice(edit_rows))
+        if reference_rows:
+            inputs = torch.cat([moved, halves(reference, reference_pairs)])
+            now, later = (shift.expand(len(texts), -1) for shift in (now, later))
+            conditioning = Conditioning(torch.cat([now[:edit_rows], later[edit_rows:]]), keys_values)
         told = attend_in_step(hooks.attend, recorder, parts, index, schedule.timesteps, maps)
         features = features_by_parts(hooks.features, parts, index, schedule.timesteps)
         both = Hooks(keep_queries_and_keys(kept, told), features)
-        prediction = model.predict(inputs, Conditioning(conditions, keys_values), both)
+        prediction = model.predict(inputs, conditioning, both)
         noise = model.to_noise(prediction[:edit_rows], moved, alphas_now[0])
         latents = ddim_step(latents, guided(noise, scales[0], pairs), *alphas_now)
-        reference = step_reference(reference, prediction[edit_rows:], alphas_later, scales, path_table, index + 1)
+        if reference_rows:
+            reference = step_reference(reference, prediction[edit_rows:], alphas_later, scales, path_table, index + 1)
         return [latents, reference, *reference_queries(kept), *maps]
 
     kind = (
-        "edit", id(model.unet), pairs, reference_pairs, layers, settings.gradient, on_path,
+        "edit", id(model.unet), pairs, reference_pairs, layers, settings.gradient, on_path, reference_rows,
         token_weights is not None, settings.resolution_weights, model.checkpoint, recorder and recorder.key,
     )  # fmt: skip
     graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
@@ -367,17 +377,23 @@ def edit_latents(
         def each(i: int, state: Tensors) -> None:
             recorder.take(i, parts, state[2 + layers :])
 
-    start = torch.zeros(1, dtype=torch.int64, device=model.device)
-    reference, *kept = graphs.call(("reference", *kind), first, [start, noise, *constants])
-    if recorder:
-        recorder.take(0, first_parts, kept[layers:])
+    kept: Tensors = []
+    if reference_rows:
+        start = torch.zeros(1, dtype=torch.int64, device=model.device)
+        arguments = [start, reference.to(model.device), *constants]
+        reference, *kept = graphs.call(("reference", *kind), first, arguments)
+        if recorder:
+            recorder.take(0, first_parts, kept[layers:])
+    else:
+        reference = path[0].to(model.device)
     state = [noise.repeat(copies, 1, 1, 1), reference, *kept[:layers], *empty_maps]
+    backwards = [table.unbind()[::-1] for table in queries or ()]
     for first_step, last_step, guiding in ((0, begin, False), (begin, end, True), (end, steps, False)):
         count = last_step - first_step
         if count:
             state = graphs.run(
                 (*kind, guiding), partial(step, guiding), state, constants, count, "editing", hide(progress), each,
-                first_step,
+                first_step, backwards if guiding else (),
             )  # fmt: skip
     latents, reference, *_ = state
     return latents, reference
@@ -465,6 +481,8 @@ def edit(
     results: list[list[EditResult | None]] = [[None] * len(directions) for _ in items]
     if record:
         record.clear()
+    keeps_queries = numbers[0].reference == "path" and negative_prompt is None and model.max_memory is None
+    keeps_queries = keeps_queries and guided_rows > 0 and hooks == Hooks() and record is None
     for group in same_size_groups(sizes):
         plan = plans[sizes[group[0]]]
         model, most = plan.apply(model), plan.images
@@ -474,16 +492,19 @@ def edit(
             inversions = {i: items[i] for i in batch if i not in pictures}
             captions = [prompts[i] for i in batch]
             caption, weights = model.encode_text(captions), _map_weights(model, captions, token_weights)
+            queries = [] if keeps_queries and len(fresh) == len(batch) else None  # else they are computed again
             if fresh:
                 own = caption[[batch.index(i) for i in fresh]]
                 made = invert_pictures(
-                    model, [pictures[i] for i in fresh], [prompts[i] for i in fresh], numbers[0], seed, progress, own
-                )
+                    model, [pictures[i] for i in fresh], [prompts[i] for i in fresh], numbers[0], seed, progress, own,
+                    queries=queries,
+                )  # fmt: skip
                 inversions |= zip(fresh, made, strict=True)
             for some in _alike(numbers, max(1, most // len(batch))):
                 edited, reconstructions = _edit_batch(
                     model, [inversions[i] for i in batch], caption, negative_prompt,
                     [directions[j] for j in some], [numbers[j] for j in some], progress, weights, hooks, record,
+                    queries,
                 )  # fmt: skip
                 made_of = list(itertools.product(some, batch))
                 if record:
@@ -542,6 +563,7 @@ def _edit_batch(
     token_weights: Tensor | None,
     hooks: Hooks,
     recorder: Recorder | None,
+    queries: Sequence[Tensor] | None,
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """Edited pictures, those of the first direction first, and reconstructions of a batch."""
     for inversion in inversions:
@@ -563,7 +585,7 @@ def _edit_batch(
     if settings[0].blend:
         mask = mask_of_change(model, path, caption, edited, settings[0].blend)
     latents, reference = edit_latents(
-        model, noise, caption, negative, edited, settings[0], progress, path, token_weights, hooks, recorder
+        model, noise, caption, negative, edited, settings[0], progress, path, token_weights, hooks, recorder, queries
     )
     timestep = denoising_schedule(settings[0].steps).timesteps[0]
     start = noise.repeat(len(directions), 1, 1, 1)

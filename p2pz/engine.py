@@ -153,6 +153,7 @@ class Graphs:
         hide_progress: bool | None,
         each: Callable[[int, Tensors], None] | None = None,
         first: int = 0,
+        tables: Tensors = (),
     ) -> Tensors:
         """Repeat a step.
 
@@ -166,6 +167,8 @@ class Graphs:
             hide_progress: as tqdm's `disable`.
             each: called after every step with its number and the state, whose tensors the next step may overwrite.
             first: number of the first step.
+            tables: those that are too large to be copied for a recording; a step finds its row of each behind the
+                constants.
 
         Returns:
             The state after the last step.
@@ -173,7 +176,7 @@ class Graphs:
         index = torch.full((1,), first, dtype=torch.int64, device=state[0].device)
         if not self._records(state):
             for i in tqdm(range(count), label, disable=hide_progress, leave=False):
-                state = step(index, state, constants)
+                state = step(index, state, [*constants, *(table[first + i] for table in tables)])
                 index = index + 1
                 if each:
                     each(first + i, state)
@@ -187,11 +190,13 @@ class Graphs:
             index += 1
             return places
 
-        arguments = [index, *state, *constants]
+        arguments = [index, *state, *constants, *(table[first] for table in tables)]
         graph = self.find(kind, advance, arguments)
         graph.load(arguments)
         bar = tqdm(range(count), label, disable=hide_progress, leave=False)
         for i in bar:
+            if tables:
+                torch._foreach_copy_(graph.arguments[-len(tables) :], [table[first + i] for table in tables])
             graph.replay()
             if each:
                 each(first + i, graph.results)

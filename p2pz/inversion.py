@@ -14,7 +14,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from p2pz.attention import Attend, Features, Hooks, Part, features_by_parts, hooks_of, plain
+from p2pz.attention import (
+    Attend,
+    Features,
+    Hooks,
+    Part,
+    QueriesAndKeys,
+    features_by_parts,
+    hooks_of,
+    keep_queries_and_keys,
+    plain,
+)
 from p2pz.captions import captions_for
 from p2pz.checks import check_finite
 from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
@@ -126,6 +136,7 @@ def invert_latents(
     progress: bool | None = None,
     attend: Attend | Hooks = plain,
     recorder: Recorder | None = None,
+    queries: list[Tensor] | None = None,
 ) -> Tensor:
     """Walk from image latents to noise.
 
@@ -139,6 +150,7 @@ def invert_latents(
         attend: what happens in every attention layer, or `Hooks` of that and of features, see `p2pz.attention`; any but
             the default runs unrecorded.
         recorder: keeps cross-attention maps, see `p2pz.recording`.
+        queries: receives those of each cross-attention layer at each step, `[n, B, N, H, D]`, on the model's device.
 
     Returns:
         The latents on the way, from the image's to the noise, `[n + 1, B, 4, h, w]` float32 for n steps.
@@ -156,20 +168,23 @@ def invert_latents(
         (latents, *_), (shifts, keys_values, alphas, *offsets) = state, constants
         alpha_from, alpha_to = row(alphas, index)
         maps: list[Tensor] = []
-        told = Hooks(
-            attend_in_step(hooks.attend, recorder, parts, index, schedule.timesteps, maps),
-            features_by_parts(hooks.features, parts, index, schedule.timesteps),
-        )
+        kept: QueriesAndKeys = {}
+        told = attend_in_step(hooks.attend, recorder, parts, index, schedule.timesteps, maps)
+        if queries is not None:
+            told = keep_queries_and_keys(kept, told)
+        told = Hooks(told, features_by_parts(hooks.features, parts, index, schedule.timesteps))
         prediction = model.predict(latents, Conditioning(row(shifts, index), keys_values), told)
         noise = model.to_noise(prediction, latents, alpha_from)
         if offsets:
             noise = regularise_noise(noise, row(offsets[0], index), *strengths, settings.form)
-        return ddim_step(latents, noise, alpha_from, alpha_to), *maps
+        return ddim_step(latents, noise, alpha_from, alpha_to), *(q for q, _ in kept.values()), *maps
 
     def each(i: int, state: Tensors) -> None:
         path.append(state[0].clone())
+        if queries is not None:
+            torch._foreach_copy_([table[i] for table in queries], list(state[1 : 1 + len(queries)]))
         if recorder:
-            recorder.take(i, parts, state[1:])
+            recorder.take(i, parts, state[1 + len(queries or ()) :])
 
     conditioning = model.condition(schedule.timesteps, context, image_latents.shape[2:])
     constants = [*conditioning, schedule.alphas]
@@ -178,9 +193,13 @@ def invert_latents(
         constants.append(torch.stack(offsets))
     constants = [tensor.to(model.device) for tensor in constants]
     state = [image_latents]
+    if queries is not None:
+        for shape in model.unet.query_shapes(conditioning.keys_values, *image_latents.shape[2:]):
+            queries.append(torch.empty(len(schedule), *shape, device=model.device, dtype=model.dtype))
+            state.append(queries[-1][0])
     if recorder:
         state += recorder.begin(model.unet, parts, image_latents, schedule.timesteps, conditioning.keys_values.shape[1])
-    kind = "invert", id(model.unet), *strengths, settings.form, recorder and recorder.key
+    kind = "invert", id(model.unet), *strengths, settings.form, queries is None, recorder and recorder.key
     graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
     graphs.run(kind, step, state, constants, len(schedule), "inverting", hide(progress), each)
     return torch.stack(path)
@@ -223,6 +242,7 @@ def invert_pictures(
     context: Tensor | None = None,
     attend: Attend | Hooks = plain,
     recorder: Recorder | None = None,
+    queries: list[Tensor] | None = None,
 ) -> list[Inversion]:
     """Invert pictures of one size as one batch.
 
@@ -234,7 +254,7 @@ def invert_pictures(
         seed: of the regulariser's offsets and of the posterior's sample, the same for every picture.
         progress: show a bar; None: on a terminal only.
         context: text states of the prompts, `[B, 77, d]`, if they are known already.
-        attend, recorder: see `invert_latents`.
+        attend, recorder, queries: see `invert_latents`.
 
     Returns:
         An inversion for each picture.
@@ -250,7 +270,7 @@ def invert_pictures(
     if model.is_mini:
         _warn_of_strangers(model, pictures, image_latents)
     context = model.encode_text(prompts) if context is None else context
-    path = invert_latents(model, image_latents, context, settings, generator, progress, attend, recorder)
+    path = invert_latents(model, image_latents, context, settings, generator, progress, attend, recorder, queries)
     check_finite(path[-1], model, image_latents, _SCHEDULES[settings.inversion](settings.steps).timesteps[0], context)
     keep = settings.reference == "path"
     path = (path if keep else path[[0, -1]]).cpu()

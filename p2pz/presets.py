@@ -24,7 +24,8 @@ class Settings:
             that are left. Empty: 1.
         reference: latents of the reference pass. `"denoised"`: the inverted noise is denoised with the caption (the
             paper). `"path"`: the latents that the inversion passed through, so that the reference leads back to the
-            image itself (direct inversion, Ju et al. 2024).
+            image itself (direct inversion, Ju et al. 2024); at each timestep those that the inversion's own pass was
+            given. An edit that inverts the image itself takes that pass as the reference and needs no other.
         blend: pixels where the direction changes the predicted noise by less than this share of its largest change are
             the image's own; 0 leaves all to the edit. It needs the reference `"path"`.
         inversion: `"mirror"` visits the timesteps of the edit backwards; `"authors"` leaves out the first and the last.
@@ -86,19 +87,19 @@ _CHOICES = {
 }
 
 PRESETS = {
-    "p2pz": Settings(),
+    "p2pz": Settings(reference="path"),
     "authors": Settings(inversion="authors", sample_posterior=True),
     "diffusers": Settings(guidance=7.5, lowest_offset=0, sample_posterior=True),
 }
 
 MINI_SETTINGS = Settings(
     steps=20,
-    strength=2.0,
+    strength=2.25,
     guidance=1.0,
     xa_guidance=1.0,
     gradient="conditional",
     reference="path",
-    blend=0.25,
+    blend=0.35,
     autocorrelation_strength=0.0,
     kl_strength=0.0,
 )

@@ -1,5 +1,6 @@
 """Inversion and edit against diffusers' pipeline, batch rule, repeatability, presets and the edits themselves."""
 
+import itertools
 import warnings
 
 import numpy as np
@@ -114,18 +115,22 @@ def test_several_directions_give_what_each_gives_alone(model, pictures, cat_to_d
     assert [psnr(one.image, other.image) > 50 for one, other in zip(one_image, together[0], strict=False)] == [True] * 2
 
 
-def test_several_directions_share_inversion_and_reference_pass(model, pictures, cat_to_dog, monkeypatch):
+@pytest.mark.parametrize(("reference", "passes"), [("denoised", 3), ("path", 0)])
+def test_several_directions_share_inversion_and_reference_pass(
+    model, pictures, cat_to_dog, reference, passes, monkeypatch
+):
     """Of three edits instead of one, only the passes of the edits become more."""
     rows = []
     predict = UNet.predict
     monkeypatch.setattr(UNet, "predict", lambda self, x, *rest: rows.append(len(x)) or predict(self, x, *rest))
     counts = []
     for directions in ([cat_to_dog], [cat_to_dog] * 3):
-        p2pz.edit(pictures[0], directions, model=model, steps=2, prompt="a photo of a cat", blend=0.0, progress=False)
+        settings = {"steps": 2, "reference": reference, "blend": 0.0, "progress": False}
+        p2pz.edit(pictures[0], directions, model=model, prompt="a photo of a cat", **settings)
         counts.append(sum(rows))
         rows.clear()
-    inversion, reference, edit = 2, 3, 4  # guidance 1: gradient and prediction of each of two steps
-    assert counts == [inversion + reference + edit, inversion + reference + 3 * edit]
+    inversion, edit = 2, 4  # guidance 1: gradient and prediction of each of two steps
+    assert counts == [inversion + passes + edit, inversion + passes + 3 * edit]
 
 
 def test_same_seed_same_result_and_another_seed_another(model, pictures, cat_to_dog):
@@ -385,6 +390,41 @@ def test_a_reference_on_the_path_leads_back_to_the_image(model, pictures, cat_to
     assert plain.path is None and plain.picture is None
     with pytest.raises(ValueError, match='path, which was not kept: invert again with reference="path" and steps=4'):
         p2pz.edit(plain, cat_to_dog, reference="path", model=model, progress=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"guidance": 2.0, "gradient": "halves", "token_weights": {"cat": 0.5}},
+        {"guidance": 2.0, "gradient": "both", "guided_steps": (0.25, 0.75)},
+        {"guidance": 2.0, "negative_prompt": "a ball"},
+        {"xa_guidance": 0.0},
+    ],
+    ids=["default", "halves", "both", "negative prompt", "no map guidance"],
+)
+def test_the_inversion_serves_as_the_reference_pass(model, pictures, cat_to_dog, changes, monkeypatch):
+    """An edit of pictures gives what one of their inversions does, which has to run the reference."""
+    settings = {"model": model, "steps": STEPS, "reference": "path", "prompt": "a photo of a cat", "progress": False}
+    directions = [cat_to_dog, -1.0 * cat_to_dog]
+    rows, predict = [], UNet.predict
+
+    def counting(self, latents, *rest, **named):
+        rows.append(len(latents))
+        return predict(self, latents, *rest, **named)
+
+    inversions = p2pz.invert(pictures, **settings)
+    monkeypatch.setattr(UNet, "predict", counting)
+    direct = p2pz.edit(pictures, directions, blend=0.0, **settings | changes)
+    passes = sum(rows)
+    rows.clear()
+    later = p2pz.edit(inversions, directions, blend=0.0, **settings | changes)
+    reference = (STEPS + 1) * len(pictures) * (1 + ("negative_prompt" in changes)) * ("xa_guidance" not in changes)
+    own = reference if "negative_prompt" in changes else 0  # which the inversion knew nothing of
+    assert passes - STEPS * len(pictures) - own == sum(rows) - reference > 0
+    for ours, theirs in zip(*map(itertools.chain.from_iterable, (direct, later)), strict=True):
+        assert psnr(ours.image, theirs.image) > 60
+        assert psnr(ours.reconstruction, theirs.reconstruction) > 60
 
 
 def test_blending_leaves_the_rest_of_the_image_alone(model):

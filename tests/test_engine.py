@@ -40,6 +40,23 @@ def test_run(device, record):
     assert len(graphs.graphs) == (2 if record else 0)
 
 
+@pytest.mark.parametrize("record", [False, pytest.param(True, marks=needs_gpu)])
+def test_run_reads_large_tables_row_by_row(device, record):
+    def add(index, state, constants):
+        scale, small, large = constants
+        return [state[0] * scale + small + 2 * large]
+
+    graphs, tables = Graphs(record=record), [torch.randn(6, 3, device=device), torch.randn(6, 3, device=device)]
+    for scale in (0.5, 2.0):
+        for first, count in ((0, 6), (2, 3)):
+            state, scales = torch.ones(3, device=device), torch.tensor(scale, device=device)
+            done = graphs.run("add", add, [state], [scales], count, "testing", True, first=first, tables=tables)[0]
+            for i in range(first, first + count):
+                state = state * scale + tables[0][i] + 2 * tables[1][i]
+            assert torch.allclose(done, state)
+    assert len(graphs.graphs) == record
+
+
 @needs_gpu
 def test_results_survive_the_next_run(device):
     graphs = Graphs()
