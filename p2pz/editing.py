@@ -35,7 +35,7 @@ from p2pz.directions import Direction, direction, parse_direction
 from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
 from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
-from p2pz.memory import plan_for
+from p2pz.memory import plan_for, queries_fit
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.recording import Recorder, attend_in_step
@@ -481,8 +481,8 @@ def edit(
     results: list[list[EditResult | None]] = [[None] * len(directions) for _ in items]
     if record:
         record.clear()
-    keeps_queries = numbers[0].reference == "path" and negative_prompt is None and model.max_memory is None
-    keeps_queries = keeps_queries and guided_rows > 0 and hooks == Hooks() and record is None
+    wants_queries = numbers[0].reference == "path" and guided_rows > 0 and negative_prompt is None
+    wants_queries = wants_queries and hooks == Hooks() and record is None
     for group in same_size_groups(sizes):
         plan = plans[sizes[group[0]]]
         model, most = plan.apply(model), plan.images
@@ -492,7 +492,9 @@ def edit(
             inversions = {i: items[i] for i in batch if i not in pictures}
             captions = [prompts[i] for i in batch]
             caption, weights = model.encode_text(captions), _map_weights(model, captions, token_weights)
-            queries = [] if keeps_queries and len(fresh) == len(batch) else None  # else they are computed again
+            keeps_queries = wants_queries and len(fresh) == len(batch)  # else they are computed again
+            keeps_queries = keeps_queries and queries_fit(model, sizes[batch[0]], len(batch), numbers[0].steps)
+            queries = [] if keeps_queries else None
             if fresh:
                 own = caption[[batch.index(i) for i in fresh]]
                 made = invert_pictures(

@@ -194,8 +194,9 @@ def invert_latents(
     constants = [tensor.to(model.device) for tensor in constants]
     state = [image_latents]
     if queries is not None:
-        for shape in model.unet.query_shapes(conditioning.keys_values, *image_latents.shape[2:]):
-            queries.append(torch.empty(len(schedule), *shape, device=model.device, dtype=model.dtype))
+        for shape in model.unet.query_shapes(*image_latents.shape[2:]):
+            shape = len(schedule), len(image_latents), *shape
+            queries.append(torch.empty(shape, device=model.device, dtype=model.dtype))
             state.append(queries[-1][0])
     if recorder:
         state += recorder.begin(model.unet, parts, image_latents, schedule.timesteps, conditioning.keys_values.shape[1])

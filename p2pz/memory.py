@@ -16,6 +16,8 @@ from p2pz.model import GIB, Model, vae_dtype
 # measured: adding up all live tensors on the meta device gives 29 (forward), 181 (gradient) and 54 (checkpointed)
 # maps; the measured ones are 1.5 times that, libraries' work space included, and so this one is taken to be.
 FORWARD, GRADIENT, CHECKPOINTED = 48.0, 266.0, 80.0
+# What an edit may keep of its inversion, see `queries_fit`: so much of a GPU's memory, or bytes of the host's.
+SHARE_OF_A_GPU, MOST_ON_THE_HOST = 1 / 9, 2 * GIB
 # What an edit keeps between passes for each row: queries of the reference, its keys and values, where graphs read them.
 KEPT = 20.0
 # How many times as many maps Stable Diffusion XL takes for a gradient, and keeps, as 1.5: adding up what autograd saves
@@ -145,6 +147,28 @@ def plan_for(model: Model, size: tuple[int, int], most: int, rows: int, guided_r
     if model.max_memory is None:
         return Plan(most)
     return work_for(model, size, rows, guided_rows, model.dtype).plan(most, model.max_memory)
+
+
+def queries_fit(model: Model, size: tuple[int, int], images: int, steps: int) -> bool:
+    """Whether an edit keeps the queries of all steps of its inversion instead of computing them again.
+
+    A GPU of 12 GB does so for one image of 512 x 512; one with a budget, or smaller, never. It depends on nothing that
+    changes while the machine is used, since the two ways differ by rounding.
+
+    Args:
+        model: the model.
+        size: height and width of the images in pixels.
+        images: in a batch.
+        steps: of the inversion.
+    """
+    if model.max_memory is not None:
+        return False
+    there = MOST_ON_THE_HOST
+    if model.device.type == "cuda":
+        there = torch.cuda.get_device_properties(model.device).total_memory * SHARE_OF_A_GPU
+    latents = (side // model.vae.config.downsampling for side in size)
+    elements = sum(math.prod(shape) for shape in model.unet.query_shapes(*latents))
+    return images * steps * elements * model.dtype.itemsize <= there
 
 
 def work_for(model: Model, size: tuple[int, int], rows: int, guided_rows: int, dtype: torch.dtype) -> Work:

@@ -560,17 +560,16 @@ class UNet(nn.Module):
         parts = zip(self._cross_attentions, self._split_keys_values(keys_values), strict=True)
         return {layer.path: part.chunk(2, dim=-1)[0].unflatten(-1, (layer.heads, -1)) for layer, part in parts}
 
-    def query_shapes(self, keys_values: Tensor, height: int, width: int) -> list[tuple[int, int, int, int]]:
-        """`[B, N, H, D]` of the queries of each cross-attention layer.
+    def query_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """`[N, H, D]` of the queries of each cross-attention layer, for an image.
 
         Args:
-            keys_values: see `Conditioning`.
             height, width: of the latents.
         """
-        sites = [site for site in self.sites(height, width) if site.kind == "cross"]
         return [
-            (len(key), site.height * site.width, *key.shape[2:])
-            for site, key in zip(sites, self.keys(keys_values).values(), strict=True)
+            (site.height * site.width, site.heads, layer.to_q.out_features // site.heads)
+            for layer, site in zip(self._attentions, self.sites(height, width), strict=True)
+            if site.kind == "cross"
         ]
 
     def forward(

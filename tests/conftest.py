@@ -12,6 +12,8 @@ from diffusers import UNet2DConditionModel
 
 from p2pz import unet
 
+torch.backends.cudnn.allow_tf32 = False  # two ways to compute the same in float32 would differ by TF32's rounding
+
 SD_LEVELS = {
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,

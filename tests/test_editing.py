@@ -115,14 +115,15 @@ def test_several_directions_give_what_each_gives_alone(model, pictures, cat_to_d
     assert [psnr(one.image, other.image) > 50 for one, other in zip(one_image, together[0], strict=False)] == [True] * 2
 
 
-@pytest.mark.parametrize(("reference", "passes"), [("denoised", 3), ("path", 0)])
+@pytest.mark.parametrize(("reference", "room", "passes"), [("denoised", 2**30, 3), ("path", 2**30, 0), ("path", 0, 3)])
 def test_several_directions_share_inversion_and_reference_pass(
-    model, pictures, cat_to_dog, reference, passes, monkeypatch
+    model, pictures, cat_to_dog, reference, room, passes, monkeypatch
 ):
     """Of three edits instead of one, only the passes of the edits become more."""
     rows = []
     predict = UNet.predict
     monkeypatch.setattr(UNet, "predict", lambda self, x, *rest: rows.append(len(x)) or predict(self, x, *rest))
+    monkeypatch.setattr("p2pz.memory.MOST_ON_THE_HOST", room)
     counts = []
     for directions in ([cat_to_dog], [cat_to_dog] * 3):
         settings = {"steps": 2, "reference": reference, "blend": 0.0, "progress": False}
