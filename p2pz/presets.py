@@ -99,7 +99,7 @@ MINI_SETTINGS = Settings(
     xa_guidance=1.0,
     gradient="conditional",
     reference="path",
-    blend=0.35,
+    blend=0.45,
     autocorrelation_strength=0.0,
     kl_strength=0.0,
 )
