@@ -15,12 +15,13 @@ Contenders, all with the same weights, picture, sentences and numbers of steps:
   graphs, reference and edit in lockstep. A lower bound: attention without maps, the gradient of a plain mean instead of
   the loss on the maps. diffusers' regulariser cannot be captured; its time, measured alone, is added for each step.
 - p2pz: the preset `diffusers`, the same method and numbers. p2pz_default: the default preset, with its own numbers (the
-  bundled model's has 20 steps).
+  bundled model's has 20 steps); the inversion's passes serve as the reference's.
 
 Rows:
 
 - total_s: picture in, picture out, texts and direction encoded. p2pz also decodes the reconstruction.
-- invert_s, edit_s: between latents; edit_s is reference and edit. diffusers' inversion also decodes a picture, always.
+- invert_s, edit_s: between latents; edit_s is reference and edit, of p2pz_default the edit, whose reference is the
+  inversion. diffusers' inversion also decodes a picture, always.
 - guided_step_ms: both halves forward with maps and loss, gradient to the latents, both halves forward again.
 - unet_ms: a plain forward of 1, 2 or 4 images; for diffusers with its fast attention, not with the pipeline's.
 - regulariser_ms: all rounds of one inversion step; p2pz has drawn the offsets before.
@@ -278,7 +279,13 @@ class P2pz:
 
     def edit(self) -> Callable:
         noise, caption, edited = self.setup.noise(dtype=torch.float32), self.contexts[:1], self.contexts[1:]
-        return lambda: edit_latents(self.model, noise, caption, None, edited, self.settings, False)[0]
+        left: dict[str, Any] = {}
+        if self.settings.reference == "path":  # the inversion has been the reference's pass
+            left["queries"] = []
+            inverted = self.model, self.encode()(), caption, self.settings, seeded(), False
+            left["path"] = invert_latents(*inverted, queries=left["queries"])
+            noise = left["path"][-1]
+        return lambda: edit_latents(self.model, noise, caption, None, edited, self.settings, False, **left)[0]
 
     def encode(self) -> Callable:
         image = to_tensor([self.setup.picture])

@@ -35,7 +35,7 @@ from p2pz.directions import Direction, direction, parse_direction
 from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
 from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
-from p2pz.memory import plan_for, queries_fit
+from p2pz.memory import batches_for, queries_fit
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.recording import Recorder, attend_in_step
@@ -57,6 +57,7 @@ class EditResult:
         reconstruction_psnr: of the reconstruction against the image as the model works on it, in dB; None if the edit
             started from an inversion.
         warnings: what is doubtful about it, a line each: nothing changed, or the inversion lost the image.
+        settings: the numbers of this edit; None if another method than `edit` made it.
     """
 
     image: Image.Image
@@ -65,6 +66,7 @@ class EditResult:
     prompt: str
     reconstruction_psnr: float | None
     warnings: tuple[str, ...] = ()
+    settings: Settings | None = None
 
 
 def guided(noise: Tensor, guidance: Tensor | float, pairs: bool) -> Tensor:
@@ -475,7 +477,7 @@ def edit(
     places = [i for i, item in enumerate(items) if not isinstance(item, Inversion)]
     pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model, size), strict=True))
     sizes = [pictures[i].size[::-1] if i in pictures else image_size(item, model) for i, item in enumerate(items)]
-    plans = {size: plan_for(model, size, batch_size, rows, guided_rows) for size in sizes}
+    batches = batches_for(model, sizes, batch_size, rows, guided_rows)
     prompts = prompts_for(items, pictures, prompt, source_prompt(directions[0].source), model)
     hooks = Hooks(attend, features)
     results: list[list[EditResult | None]] = [[None] * len(directions) for _ in items]
@@ -483,43 +485,40 @@ def edit(
         record.clear()
     wants_queries = numbers[0].reference == "path" and guided_rows > 0 and negative_prompt is None
     wants_queries = wants_queries and hooks == Hooks() and record is None
-    for group in same_size_groups(sizes):
-        plan = plans[sizes[group[0]]]
-        model, most = plan.apply(model), plan.images
-        for start in range(0, len(group), most):
-            batch = group[start : start + most]
-            fresh = [i for i in batch if i in pictures]
-            inversions = {i: items[i] for i in batch if i not in pictures}
-            captions = [prompts[i] for i in batch]
-            caption, weights = model.encode_text(captions), _map_weights(model, captions, token_weights)
-            keeps_queries = wants_queries and len(fresh) == len(batch)  # else they are computed again
-            keeps_queries = keeps_queries and queries_fit(model, sizes[batch[0]], len(batch), numbers[0].steps)
-            queries = [] if keeps_queries else None
-            if fresh:
-                own = caption[[batch.index(i) for i in fresh]]
-                made = invert_pictures(
-                    model, [pictures[i] for i in fresh], [prompts[i] for i in fresh], numbers[0], seed, progress, own,
-                    queries=queries,
-                )  # fmt: skip
-                inversions |= zip(fresh, made, strict=True)
-            for some in _alike(numbers, max(1, most // len(batch))):
-                edited, reconstructions = _edit_batch(
-                    model, [inversions[i] for i in batch], caption, negative_prompt,
-                    [directions[j] for j in some], [numbers[j] for j in some], progress, weights, hooks, record,
-                    queries,
-                )  # fmt: skip
-                made_of = list(itertools.product(some, batch))
-                if record:
-                    order = [i * len(directions) + j for j, i in made_of]
-                    own_rows = [{"edit": k, "reference": k % len(batch)} for k in range(len(made_of))]
-                    record.finish(order, captions * len(some), own_rows)
-                for k, (j, i) in enumerate(made_of):
-                    reconstruction = reconstructions[k % len(batch)]
-                    quality = psnr(reconstruction, pictures[i]) if i in pictures else None
-                    unchanged = inversions[i].picture if numbers[j].blend else reconstruction
-                    doubts = edit_warnings(edited[k], unchanged, quality)
-                    facts = inversions[i], prompts[i], quality, tuple(doubts)
-                    results[i][j] = EditResult(edited[k], reconstruction, *facts)
+    for plan, batch in batches:
+        model = plan.apply(model)
+        fresh = [i for i in batch if i in pictures]
+        inversions = {i: items[i] for i in batch if i not in pictures}
+        captions = [prompts[i] for i in batch]
+        caption, weights = model.encode_text(captions), _map_weights(model, captions, token_weights)
+        keeps_queries = wants_queries and len(fresh) == len(batch)  # else they are computed again
+        keeps_queries = keeps_queries and queries_fit(model, sizes[batch[0]], len(batch), numbers[0].steps)
+        queries = [] if keeps_queries else None
+        if fresh:
+            own = caption[[batch.index(i) for i in fresh]]
+            made = invert_pictures(
+                model, [pictures[i] for i in fresh], [prompts[i] for i in fresh], numbers[0], seed, progress, own,
+                queries=queries,
+            )  # fmt: skip
+            inversions |= zip(fresh, made, strict=True)
+        for some in _alike(numbers, max(1, plan.images // len(batch))):
+            edited, reconstructions = _edit_batch(
+                model, [inversions[i] for i in batch], caption, negative_prompt,
+                [directions[j] for j in some], [numbers[j] for j in some], progress, weights, hooks, record,
+                queries,
+            )  # fmt: skip
+            made_of = list(itertools.product(some, batch))
+            if record:
+                order = [i * len(directions) + j for j, i in made_of]
+                own_rows = [{"edit": k, "reference": k % len(batch)} for k in range(len(made_of))]
+                record.finish(order, captions * len(some), own_rows)
+            for k, (j, i) in enumerate(made_of):
+                reconstruction = reconstructions[k % len(batch)]
+                quality = psnr(reconstruction, pictures[i]) if i in pictures else None
+                unchanged = inversions[i].picture if numbers[j].blend else reconstruction
+                doubts = edit_warnings(edited[k], unchanged, quality)
+                facts = inversions[i], prompts[i], quality, tuple(doubts), numbers[j]
+                results[i][j] = EditResult(edited[k], reconstruction, *facts)
     chosen = [each[0] if single_direction else each for each in results]
     return chosen[0] if single else chosen
 

@@ -29,10 +29,10 @@ from p2pz.captions import captions_for
 from p2pz.checks import check_finite
 from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.files import load_tensors, save_tensors
-from p2pz.images import ImageLike, as_list, psnr, read_image, same_size_groups, to_pictures, to_tensor, working_size
+from p2pz.images import ImageLike, as_list, psnr, read_image, to_pictures, to_tensor, working_size
 from p2pz.kernels import regularise_noise
 from p2pz.kernels.regulariser import pyramid_heights
-from p2pz.memory import plan_for
+from p2pz.memory import batches_for
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.recording import Recorder, attend_in_step
@@ -342,21 +342,18 @@ def invert(
     numbers = settings_for(model, preset, steps=steps, **settings)
     images, single = as_list(img)
     pictures = prepare_pictures(images, model, size)
-    groups = same_size_groups([picture.size for picture in pictures])
-    plans = [plan_for(model, pictures[group[0]].size[::-1], len(group), rows=1) for group in groups]
+    batches = batches_for(model, [picture.size[::-1] for picture in pictures], len(pictures), rows=1)
     prompts = captions_for(pictures, prompt, "a photo", model)
     inversions: list[Inversion | None] = [None] * len(pictures)
     if record:
         record.clear()
-    for group, plan in zip(groups, plans, strict=True):
-        for start in range(0, len(group), plan.images):
-            batch = group[start : start + plan.images]
-            done = invert_pictures(
-                plan.apply(model), [pictures[i] for i in batch], [prompts[i] for i in batch], numbers, seed, progress,
-                attend=Hooks(attend, features), recorder=record,
-            )  # fmt: skip
-            if record:
-                record.finish(batch, [prompts[i] for i in batch], [{"inversion": i} for i in range(len(batch))])
-            for i, inversion in zip(batch, done, strict=True):
-                inversions[i] = inversion
+    for plan, batch in batches:
+        done = invert_pictures(
+            plan.apply(model), [pictures[i] for i in batch], [prompts[i] for i in batch], numbers, seed, progress,
+            attend=Hooks(attend, features), recorder=record,
+        )  # fmt: skip
+        if record:
+            record.finish(batch, [prompts[i] for i in batch], [{"inversion": i} for i in range(len(batch))])
+        for i, inversion in zip(batch, done, strict=True):
+            inversions[i] = inversion
     return inversions[0] if single else inversions

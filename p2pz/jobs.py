@@ -24,7 +24,6 @@ from p2pz.files import atomic_path
 from p2pz.images import read_image, to_original_size, working_size
 from p2pz.inversion import Inversion
 from p2pz.model import Model
-from p2pz.presets import settings_for
 
 RECORDS = "results.jsonl"
 BATCH_SIZE = 8
@@ -205,19 +204,15 @@ def _kind(item: Image.Image | Inversion, model: Model, size: int | None) -> tupl
 def _record(
     task: Task, result: EditResult, tools: Tools, said: list[str], seconds: float, options: dict[str, Any]
 ) -> Record:
-    direction, quality = tools.direction, result.reconstruction_psnr
-    names = ("negative_prompt", "preset", "seed", "progress", "batch_size", "size")
-    numbers = {name: value for name, value in options.items() if name not in names} | {"steps": result.inversion.steps}
-    words = {"direction": direction.words, "preset": options["preset"]}
+    quality, words = result.reconstruction_psnr, {"direction": tools.direction.words, "preset": options["preset"]}
     if options.get("negative_prompt") is not None:
         words["negative_prompt"] = options["negative_prompt"]
-    settings = settings_for(tools.model, options["preset"], style=direction.is_style, **numbers)
     return Record(
         str(task.image),
         str(task.output),
         result.prompt,
         options["seed"],
-        words | asdict(settings),
+        words | asdict(result.settings),
         round(quality, 2) if quality is not None and math.isfinite(quality) else None,
         (*said, *result.warnings),
         round(seconds, 3),

@@ -1,5 +1,7 @@
 """Convolutional building blocks shared by the UNet and the VAE. Parameter names are those of the diffusers layout."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,15 +72,15 @@ class ResnetBlock(nn.Module):
             x = to_map(pointwise(self.conv_shortcut, to_tokens(x)), *x.shape[2:])
         return hidden, x, self.conv2.bias
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """`[B, in_channels, h, w]` to `[B, out_channels, h, w]`, see `summands`."""
-        return added(self.summands(x, shift))
-
-
-def added(summands: Summands) -> Tensor:
-    """The sum of a residual block's `summands`, `[B, C, h, w]`."""
-    hidden, carried, bias = summands
-    return to_map(add_residual(to_tokens(hidden), to_tokens(carried), bias), *carried.shape[2:])
+    def forward(
+        self,
+        x: Tensor,
+        shift: Tensor | None = None,
+        changed: Callable[[Summands], Summands] = lambda summands: summands,
+    ) -> Tensor:
+        """`[B, in_channels, h, w]` to `[B, out_channels, h, w]`: what `changed` makes of the `summands`, added."""
+        hidden, carried, bias = changed(self.summands(x, shift))
+        return to_map(add_residual(to_tokens(hidden), to_tokens(carried), bias), *x.shape[2:])
 
 
 class Downsample(nn.Module):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from p2pz.images import same_size_groups
 from p2pz.model import GIB, Model, vae_dtype
 
 # What the UNet takes for each row of its batch, in feature maps of its finest level (`[channels, h, w]` of a latent,
@@ -147,6 +149,28 @@ def plan_for(model: Model, size: tuple[int, int], most: int, rows: int, guided_r
     if model.max_memory is None:
         return Plan(most)
     return work_for(model, size, rows, guided_rows, model.dtype).plan(most, model.max_memory)
+
+
+def batches_for(
+    model: Model, sizes: Sequence[tuple[int, int]], most: int, rows: int, guided_rows: int = 0
+) -> list[tuple[Plan, list[int]]]:
+    """Which images to work on together, and how.
+
+    Args:
+        model, most, rows, guided_rows: see `plan_for`.
+        sizes: height and width of every image in pixels; those of one size can share a batch.
+
+    Returns:
+        For each batch its plan, of which `apply` has to be called, and places among the images.
+
+    Raises:
+        ValueError: the budget is too small.
+    """
+    batches = []
+    for group in same_size_groups(sizes):
+        plan = plan_for(model, sizes[group[0]], most, rows, guided_rows)
+        batches += [(plan, group[start : start + plan.images]) for start in range(0, len(group), plan.images)]
+    return batches
 
 
 def queries_fit(model: Model, size: tuple[int, int], images: int, steps: int) -> bool:

@@ -20,10 +20,10 @@ from p2pz.attention import Attend, Site
 from p2pz.directions import Direction, parse_direction
 from p2pz.editing import EditResult, edit, edit_latents, guided, image_size, prompts_for
 from p2pz.engine import Tensors, explain_out_of_memory, row
-from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures, to_tensor
+from p2pz.images import ImageLike, as_list, psnr, to_pictures, to_tensor
 from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
 from p2pz.kernels import attention, edited_attention
-from p2pz.memory import plan_for
+from p2pz.memory import batches_for
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
 from p2pz.sampling import sample_latents
@@ -156,16 +156,11 @@ def _in_batches(
         else:
             sizes.append(item.size[::-1])
     rows = references + 1 + (settings.guidance != 1)
-    plans = {size: plan_for(model, size, batch_size, rows) for size in sizes}
     results: list[Any] = [None] * len(items)
-    for group in same_size_groups(sizes):
-        plan = plans[sizes[group[0]]]
-        planned = plan.apply(model)
-        for start in range(0, len(group), plan.images):
-            some = group[start : start + plan.images]
-            batch = _Batch(planned, *([of[i] for i in some] for of in (items, prompts, targets)), settings)
-            for i, result in zip(some, work(batch), strict=True):
-                results[i] = result
+    for plan, some in batches_for(model, sizes, batch_size, rows):
+        batch = _Batch(plan.apply(model), *([of[i] for i in some] for of in (items, prompts, targets)), settings)
+        for i, result in zip(some, work(batch), strict=True):
+            results[i] = result
     return results[0] if single else results
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from p2pz.layers import (
     ResnetBlock,
     Summands,
     Upsample,
-    added,
     group_normed,
     pointwise,
     timestep_embedding,
@@ -394,8 +394,10 @@ class Level(nn.Module):
 
         def run(*inputs: Tensor) -> Tensor:
             x = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
-            summands = _changed(block.summands(x, shift), hooks.features, f"{self.path}.resnets.{i}")
-            return transformer(summands, keys_values, hooks.attend) if transformer else added(summands)
+            changed = partial(_changed, features=hooks.features, path=f"{self.path}.resnets.{i}")
+            if transformer:
+                return transformer(changed(block.summands(x, shift)), keys_values, hooks.attend)
+            return block(x, shift, changed)
 
         return run
 
@@ -414,11 +416,10 @@ class MiddleLevel(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Layers, hooks: Hooks) -> Tensor:
         """`[B, C, h, w]` to the same shape."""
-        summands = self.resnets[0].summands(x, next(conditioning.shifts))
-        summands = _changed(summands, hooks.features, "mid_block.resnets.0")
+        changed = [partial(_changed, features=hooks.features, path=f"mid_block.resnets.{i}") for i in range(2)]
+        summands = changed[0](self.resnets[0].summands(x, next(conditioning.shifts)))
         x = self.attentions[0](summands, self.attentions[0].take(conditioning.keys_values), hooks.attend)
-        summands = self.resnets[1].summands(x, next(conditioning.shifts))
-        return added(_changed(summands, hooks.features, "mid_block.resnets.1"))
+        return self.resnets[1](x, next(conditioning.shifts), changed[1])
 
 
 class TimeEmbedding(nn.Module):

@@ -97,7 +97,7 @@ def test_tuning_comparison_and_ablation_write_their_pages(model, tmp_path, monke
     swap = 1 + (best["guidance"] != 1)  # rows of the edit beside one of the reference, in each of two steps
     assert figures["DDIM + word swap"]["evaluations"] == 2 + 2 * (1 + swap) + 1
     mask = 2 * len(MASK_SHARES)
-    assert figures["p2pz"]["evaluations"] == 2 + 2 * (1 + 1 + 1) + 1 + mask
+    assert figures["p2pz"]["evaluations"] == 2 + 2 * (1 + 1) + mask  # the inversion is the reference
     page = (tmp_path / "quality.md").read_text()
     assert all(f"| {name} |" in page for name in FEW)
     assert Image.open(tmp_path / "quality_cat_to_dog.jpg").size == (2 * 128, 5 * 128)

@@ -18,6 +18,7 @@ import p2pz
 from p2pz import cli, jobs
 from p2pz.images import psnr, working_size
 from p2pz.jobs import Ranks, Record, Task, Tools, append_record, edit_files, find_images, merge_records
+from p2pz.presets import Settings
 from p2pz.weights import MINI_FOLDER, mini_world
 
 
@@ -78,7 +79,7 @@ def edited(monkeypatch):
             negative = Image.fromarray(255 - np.asarray(picture))
             results.append(SimpleNamespace(
                 image=negative, reconstruction=picture, prompt="a cat", reconstruction_psnr=30.0,
-                inversion=SimpleNamespace(steps=options["steps"]), warnings=(),
+                settings=Settings(steps=options["steps"]), warnings=(),
             ))  # fmt: skip
         return results
 
