@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from p2pz.editing import followed_rows
-from p2pz.memory import Plan, work_for
+from p2pz.memory import Plan, bytes_of_queries, work_for
 from p2pz.model import GIB, Model
 from p2pz.presets import settings_for
 
@@ -56,8 +56,10 @@ def describe(model: Model) -> dict[str, str]:
     guided = followed_rows(settings)
     work = work_for(model, (size, size), rows=2 + (settings.guidance != 1), guided_rows=guided, dtype=torch.float16)
     one, eight, least = (work.needed(plan) / GIB for plan in (Plan(1), Plan(8), Plan(1, offload=True, checkpoint=True)))
+    queries = bytes_of_queries(model, (size, size), settings.steps, torch.float16) / GIB
     facts["memory"] = (
         f"an edit on a GPU takes about {one:.1f} GiB in float16, eight at once {eight:.1f}; "
+        f"{queries:.2f} more for each image, to be faster, if a ninth of the GPU holds that; "
         f"with --max-memory {least:.1f} at least, more slowly"
     )
     return facts

@@ -190,9 +190,13 @@ def queries_fit(model: Model, size: tuple[int, int], images: int, steps: int) ->
     there = MOST_ON_THE_HOST
     if model.device.type == "cuda":
         there = torch.cuda.get_device_properties(model.device).total_memory * SHARE_OF_A_GPU
+    return images * bytes_of_queries(model, size, steps, model.dtype) <= there
+
+
+def bytes_of_queries(model: Model, size: tuple[int, int], steps: int, dtype: torch.dtype) -> int:
+    """What the queries of an image's inversion take, see `queries_fit`; `dtype` is that of the weights at work."""
     latents = (side // model.vae.config.downsampling for side in size)
-    elements = sum(math.prod(shape) for shape in model.unet.query_shapes(*latents))
-    return images * steps * elements * model.dtype.itemsize <= there
+    return steps * sum(math.prod(shape) for shape in model.unet.query_shapes(*latents)) * dtype.itemsize
 
 
 def work_for(model: Model, size: tuple[int, int], rows: int, guided_rows: int, dtype: torch.dtype) -> Work:
