@@ -226,8 +226,9 @@ def edit_latents(
     """Denoise with the caption and with edited captions, in lockstep.
 
     At every step the reference pass leaves what its cross-attention maps are made of; the latents of each edit move
-    down the gradient of the distance to these maps, and then all take a DDIM step. Nothing is kept for longer. The
-    reference is always one step ahead: its pass knows nothing of the edits, and so shares a batch with theirs.
+    down the gradient of the distance to these maps, and then all take a DDIM step. Nothing is kept for longer. A
+    reference that is denoised is always one step ahead: its pass knows nothing of the edits, and so shares a batch with
+    theirs. One on the inversion's path needs passes only if the inversion has not left its queries.
 
     Args:
         model: the model.
@@ -275,19 +276,21 @@ def edit_latents(
     followed = followed_rows(settings)
 
     tables = [shifts, keys_values, alphas, scales]
-    on_path, reference = settings.reference == "path", noise
+    on_path = settings.reference == "path"
     if on_path:
-        # The inversion's pass for a timestep had the latents before its step.
-        reference = path[-2]
-        tables += [path[[max(steps - 2 - i, 0) for i in range(steps + 1)]]]  # where the reference is after each step
+        tables += [path[:-1].flip(0)]  # what the inversion's pass for each timestep was given
     if token_weights is not None:
         tables += [token_weights.repeat(followed * copies, 1)]
     constants = [tensor.to(model.device) for tensor in tables]
     parts = parts_of_edit(images, edits, pairs, reference_pairs)
-    if queries is not None or (on_path and not layers and recorder is None and hooks == Hooks()):
-        parts, reference_rows = parts[: 1 + pairs], 0  # there is nothing to learn from a reference pass
-    guided_parts = [part for part in parts if part.branch == "edit"][-followed:]
-    first_parts = [part._replace(ahead=0) for part in parts if part.branch == "reference"]
+    edit_parts = parts[: 1 + pairs]
+    guided_parts = edit_parts[-followed:]
+    own_parts = [part._replace(ahead=0) for part in parts[1 + pairs :]]  # of a pass of the reference alone
+    # A reference on the path has passes of its own, of the inversion's form: so its queries are those of the inversion
+    # to the last bit. It has none if there are these queries, or nobody wants to know.
+    passes = on_path and queries is None and bool(layers or recorder or hooks != Hooks())
+    if on_path:
+        parts, reference_rows = edit_parts, 0
 
     def halves(latents: Tensor, pairs: bool = pairs) -> Tensor:
         return torch.cat([latents, latents]) if pairs else latents
@@ -299,39 +302,42 @@ def edit_latents(
 
     def reference_queries(kept: QueriesAndKeys) -> list[Tensor]:
         """Those of the reference's rows, the last ones, layer by layer; its keys do not change."""
-        return [queries[-reference_rows:] for queries, _ in kept.values()] if layers and reference_rows else []
+        return [queries[-len(reference_texts) :] for queries, _ in kept.values()] if layers else []
 
-    def step_reference(
-        latents: Tensor, prediction: Tensor, alphas: Tensor, scales: Tensor, path: Tensor | None, index: Tensor
-    ) -> Tensor:
-        if path is not None:
-            return row(path, index)
+    def step_reference(latents: Tensor, prediction: Tensor, alphas: Tensor, scales: Tensor) -> Tensor:
         noise = model.to_noise(prediction, halves(latents, reference_pairs), alphas[0])
         return ddim_step(latents, guided(noise, scales[0], reference_pairs), *alphas)
+
+    def pass_of_reference(
+        latents: Tensor, shifts: Tensor, keys_values: Tensor, index: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Prediction, queries layer by layer, and what a recorder is to keep."""
+        kept: QueriesAndKeys = {}
+        maps: list[Tensor] = []
+        told = attend_in_step(hooks.attend, recorder, own_parts, index, schedule.timesteps, maps)
+        features = features_by_parts(hooks.features, own_parts, index, schedule.timesteps)
+        conditioning = Conditioning(shifts, keys_values).of(slice(edit_rows, None))
+        both = Hooks(keep_queries_and_keys(kept, told), features)
+        return model.predict(halves(latents, reference_pairs), conditioning, both), reference_queries(kept), maps
 
     def first(index: Tensor, noise: Tensor, *constants: Tensor) -> Tensors:
         """The reference's first step."""
         shifts, keys_values, alphas, scales = constants[:4]
-        kept: QueriesAndKeys = {}
-        maps: list[Tensor] = []
-        told = attend_in_step(hooks.attend, recorder, first_parts, index, schedule.timesteps, maps)
-        features = features_by_parts(hooks.features, first_parts, index, schedule.timesteps)
-        conditioning = Conditioning(shifts[0], keys_values).of(slice(edit_rows, None))
-        both = Hooks(keep_queries_and_keys(kept, told), features)
-        prediction = model.predict(halves(noise, reference_pairs), conditioning, both)
-        reference = step_reference(noise, prediction, alphas[0], scales, unpack(constants)[0], index)
-        return [reference, *reference_queries(kept), *maps]
+        prediction, given, maps = pass_of_reference(noise, shifts[0], keys_values, index)
+        return [step_reference(noise, prediction, alphas[0], scales), *given, *maps]
 
     def step(guiding: bool, index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
         (latents, reference, *before), (shifts, keys_values, alphas, scales) = state, constants[:4]
         path_table, weights = unpack(constants)
         now, later = row(shifts, index), row(shifts, index + 1)
         alphas_now, alphas_later = row(alphas, index), row(alphas, index + 1)
+        given, reference_maps = before[:layers] if queries is None else constants[len(constants) - layers :], []
+        if passes:
+            _, given, reference_maps = pass_of_reference(row(path_table, index), now, keys_values, index)
 
         moved = halves(latents)
         if guiding:
             start = latents if followed == 1 else moved
-            given = before[:layers] if queries is None else constants[-layers:]
             references = {
                 path: (_spread(q, images, copies, followed), _spread(k, images, copies, followed))
                 for q, (path, k) in zip(given, model.unet.keys(keys_values[edit_rows:]).items(), strict=True)
@@ -363,31 +369,34 @@ def edit_latents(
         prediction = model.predict(inputs, conditioning, both)
         noise = model.to_noise(prediction[:edit_rows], moved, alphas_now[0])
         latents = ddim_step(latents, guided(noise, scales[0], pairs), *alphas_now)
-        if reference_rows:
-            reference = step_reference(reference, prediction[edit_rows:], alphas_later, scales, path_table, index + 1)
+        if passes and recorder:
+            maps = recorder.weave(maps, reference_maps)
+        if on_path:
+            return [latents, reference, *maps]
+        reference = step_reference(reference, prediction[edit_rows:], alphas_later, scales)
         return [latents, reference, *reference_queries(kept), *maps]
 
     kind = (
-        "edit", id(model.unet), pairs, reference_pairs, layers, settings.gradient, on_path, reference_rows,
+        "edit", id(model.unet), pairs, reference_pairs, layers, settings.gradient, on_path, passes,
         token_weights is not None, settings.resolution_weights, model.checkpoint, recorder and recorder.key,
     )  # fmt: skip
     graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
     empty_maps, each = [], None
     if recorder:
-        empty_maps = recorder.begin(model.unet, parts, noise, schedule.timesteps, keys_values.shape[1])
+        seen = [*edit_parts, *own_parts] if passes else parts
+        empty_maps = recorder.begin(model.unet, seen, noise, schedule.timesteps, keys_values.shape[1])
 
         def each(i: int, state: Tensors) -> None:
-            recorder.take(i, parts, state[2 + layers :])
+            recorder.take(i, seen, state[len(state) - len(empty_maps) :])
 
     kept: Tensors = []
-    if reference_rows:
-        start = torch.zeros(1, dtype=torch.int64, device=model.device)
-        arguments = [start, reference.to(model.device), *constants]
-        reference, *kept = graphs.call(("reference", *kind), first, arguments)
-        if recorder:
-            recorder.take(0, first_parts, kept[layers:])
-    else:
+    if on_path:
         reference = path[0].to(model.device)
+    else:
+        start = torch.zeros(1, dtype=torch.int64, device=model.device)
+        reference, *kept = graphs.call(("reference", *kind), first, [start, noise, *constants])
+        if recorder:
+            recorder.take(0, own_parts, kept[layers:])
     state = [noise.repeat(copies, 1, 1, 1), reference, *kept[:layers], *empty_maps]
     backwards = [table.unbind()[::-1] for table in queries or ()]
     for first_step, last_step, guiding in ((0, begin, False), (begin, end, True), (end, steps, False)):

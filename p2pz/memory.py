@@ -177,7 +177,7 @@ def queries_fit(model: Model, size: tuple[int, int], images: int, steps: int) ->
     """Whether an edit keeps the queries of all steps of its inversion instead of computing them again.
 
     A GPU of 12 GB does so for one image of 512 x 512; one with a budget, or smaller, never. It depends on nothing that
-    changes while the machine is used, since the two ways differ by rounding.
+    changes while the machine is used, since the two ways may differ by rounding.
 
     Args:
         model: the model.

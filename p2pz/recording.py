@@ -274,6 +274,17 @@ class Recorder:
             maps = maps[..., list(self.tokens)]
         return (maps if self.per_head else maps.mean(1)).to(self.dtype)
 
+    def weave(self, *passes: Sequence[Tensor]) -> list[Tensor]:
+        """What `watch` left in several passes of a step, as one pass with all their parts would have left it."""
+        layers = len(self._sites)
+        counts = [len(maps) // layers for maps in passes]
+        return [
+            seen
+            for i in range(layers)
+            for maps, count in zip(passes, counts, strict=True)
+            for seen in maps[i * count : (i + 1) * count]
+        ]
+
     def take(self, step: int, parts: Sequence[Part], maps: Sequence[Tensor]) -> None:
         """Keep the maps of a step, if it is wanted.
 
