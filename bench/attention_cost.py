@@ -40,7 +40,18 @@ from torch import Tensor
 
 import p2pz
 from p2pz import changes
-from p2pz.attention import Attend, Part, Site, attend_by_parts, keep_queries_and_keys, plain, record_cross_attention
+from p2pz.attention import (
+    Attend,
+    Hooks,
+    Part,
+    Site,
+    attend_by_parts,
+    features_by_parts,
+    hooks_of,
+    keep_queries_and_keys,
+    plain,
+    record_cross_attention,
+)
 from p2pz.editing import edit_latents, map_gradient
 from p2pz.engine import Graphs
 from p2pz.files import atomic_path
@@ -124,7 +135,7 @@ def random_model(device: str, dtype: torch.dtype) -> p2pz.Model:
 # What is compared. The others are compared with the first of a part.
 
 
-def hooks(setup: Setup) -> dict[str, Attend]:
+def hooks(setup: Setup) -> dict[str, Attend | Hooks]:
     def zeros(site: Site) -> Tensor:
         return torch.zeros(site.height * site.width, 77, device=setup.noise.device)
 
@@ -140,6 +151,7 @@ def hooks(setup: Setup) -> dict[str, Attend]:
         "share_keys_and_values": changes.share_keys_and_values(),
         "inject_queries_and_keys": changes.inject_queries_and_keys(),
         "guide_towards": changes.guide_towards(zeros),
+        "inject_features": Hooks(features=changes.only("up_blocks.1.resnets.1", changes.inject_features())),
     }
 
 
@@ -203,7 +215,7 @@ def forward(setup: Setup) -> tuple[Calls, int]:
     latents = setup.noise.repeat(3, 1, 1, 1)
     conditioning = setup.condition(setup.caption, setup.caption, setup.edited)
 
-    def predict(attend: Attend, latents: Tensor) -> list[Tensor]:
+    def predict(attend: Attend | Hooks, latents: Tensor) -> list[Tensor]:
         return [setup.model.predict(latents, conditioning, attend)]
 
     def watch(choice: dict[str, Any], latents: Tensor) -> list[Tensor]:
@@ -215,7 +227,9 @@ def forward(setup: Setup) -> tuple[Calls, int]:
     runs |= {name: partial(watch, choice) for name, choice in choices.items()}
     for name, hook in hooks(setup).items():
         if name != "guide_towards":  # has nothing to do without a gradient
-            runs[name] = partial(predict, attend_by_parts(hook, parts, STEP, [TIMESTEP]))
+            ours, when = hooks_of(hook), (parts, STEP, [TIMESTEP])
+            told = Hooks(attend_by_parts(ours.attend, *when), features_by_parts(ours.features, *when))
+            runs[name] = partial(predict, told)
     return {name: setup.graph(name, run, latents) for name, run in runs.items()}, 1
 
 
