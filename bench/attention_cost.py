@@ -45,8 +45,7 @@ from p2pz.attention import (
     Hooks,
     Part,
     Site,
-    attend_by_parts,
-    features_by_parts,
+    hooks_by_parts,
     hooks_of,
     keep_queries_and_keys,
     plain,
@@ -194,7 +193,7 @@ def guidance(setup: Setup) -> tuple[Calls, int]:
     model.predict(latents, caption, keep_queries_and_keys(kept))
     model.predict(latents, caption, record_cross_attention(maps))
     parts = [Part(1, "edit", "negative"), Part(1, "edit", "conditional")]
-    guide = attend_by_parts(hooks(setup)["guide_towards"], parts, STEP, [TIMESTEP], guiding=True)
+    guide = hooks_by_parts(hooks_of(hooks(setup)["guide_towards"]), parts, STEP, [TIMESTEP], guiding=True)
     runs = {
         "as p2pz takes it": lambda x: [map_gradient(model, x, texts, kept)],
         "full maps in plain torch": lambda x: [materialised_gradient(model, x, texts, maps)],
@@ -227,9 +226,7 @@ def forward(setup: Setup) -> tuple[Calls, int]:
     runs |= {name: partial(watch, choice) for name, choice in choices.items()}
     for name, hook in hooks(setup).items():
         if name != "guide_towards":  # has nothing to do without a gradient
-            ours, when = hooks_of(hook), (parts, STEP, [TIMESTEP])
-            told = Hooks(attend_by_parts(ours.attend, *when), features_by_parts(ours.features, *when))
-            runs[name] = partial(predict, told)
+            runs[name] = partial(predict, hooks_by_parts(hooks_of(hook), parts, STEP, [TIMESTEP]))
     return {name: setup.graph(name, run, latents) for name, run in runs.items()}, 1
 
 

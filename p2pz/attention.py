@@ -98,34 +98,27 @@ class Part(NamedTuple):
     ahead: int = 0
 
 
-def attend_by_parts(
-    attend: Attend, parts: Sequence[Part], index: Tensor, timesteps: Sequence[int], guiding: bool = False
-) -> Attend:
-    """An `attend` that shows somebody's function each kind of rows alone, and tells it what they are.
+def hooks_by_parts(
+    hooks: Hooks, parts: Sequence[Part], index: Tensor, timesteps: Sequence[int], guiding: bool = False
+) -> Hooks:
+    """Hooks that show somebody's functions each kind of rows alone, and tell them what these are.
 
     Args:
-        attend: the function; what it returns is checked. The default is given back as it is.
+        hooks: the functions; what they return is checked. The defaults are given back as they are.
         parts: of the batch, in order.
         index: number of the step, `[1]`.
-        timesteps: of all steps. Rows that are ahead of the last one get plain attention.
+        timesteps: of all steps. Rows that are ahead of the last one get plain attention, and keep their features.
         guiding: see `Site`.
 
     Returns:
-        A function for the `attend` argument of the UNet. It raises ValueError, naming the site, for an output that is
-        no tensor of the right shape, dtype and device.
+        Hooks for the UNet. They raise ValueError, naming the site, for an output that is no tensor of the right shape,
+        dtype and device.
     """
-    if attend is plain:
-        return plain
-    return _by_parts("attend", attend, attention, parts, index, timesteps, guiding)
-
-
-def features_by_parts(
-    features: Features | None, parts: Sequence[Part], index: Tensor, timesteps: Sequence[int], guiding: bool = False
-) -> Features | None:
-    """The same for a `features`; None is given back. Rows that are ahead of the last step keep their features."""
-    if features is None:
-        return None
-    return _by_parts("features", features, lambda x: x, parts, index, timesteps, guiding)
+    when, (attend, features) = (parts, index, timesteps, guiding), hooks
+    return Hooks(
+        plain if attend is plain else _by_parts("attend", attend, attention, *when),
+        None if features is None else _by_parts("features", features, lambda x: x, *when),
+    )
 
 
 def _by_parts(

@@ -22,9 +22,8 @@ from p2pz.attention import (
     Part,
     QueriesAndKeys,
     Site,
-    attend_by_parts,
-    features_by_parts,
     guide_cross_attention,
+    hooks_by_parts,
     hooks_of,
     keep_queries_and_keys,
     plain,
@@ -38,7 +37,7 @@ from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
 from p2pz.memory import batches_for, queries_fit
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
-from p2pz.recording import Recorder, attend_in_step
+from p2pz.recording import Recorder, hooks_in_step
 from p2pz.schedule import ddim_step, denoising_schedule
 from p2pz.sentences import source_prompt
 from p2pz.tokens import weigh_tokens
@@ -264,7 +263,7 @@ def edit_latents(
     schedule = denoising_schedule(steps)
     texts = torch.cat([edit_texts, reference_texts])
     shifts, keys_values = model.condition(schedule.timesteps, texts, noise.shape[2:])
-    edit_rows, reference_rows = len(edit_texts), len(reference_texts)
+    edit_rows = len(edit_texts)
     # One row more for the reference, which is a step ahead: after the last step it stands still.
     shifts = torch.cat([shifts, shifts[-1:]])
     alphas = torch.cat([schedule.alphas, schedule.alphas[-1:, 1:].expand(1, 2)])
@@ -290,7 +289,7 @@ def edit_latents(
     # to the last bit. It has none if there are these queries, or nobody wants to know.
     passes = on_path and queries is None and bool(layers or recorder or hooks != Hooks())
     if on_path:
-        parts, reference_rows = edit_parts, 0
+        parts = edit_parts
 
     def halves(latents: Tensor, pairs: bool = pairs) -> Tensor:
         return torch.cat([latents, latents]) if pairs else latents
@@ -314,11 +313,10 @@ def edit_latents(
         """Prediction, queries layer by layer, and what a recorder is to keep."""
         kept: QueriesAndKeys = {}
         maps: list[Tensor] = []
-        told = attend_in_step(hooks.attend, recorder, own_parts, index, schedule.timesteps, maps)
-        features = features_by_parts(hooks.features, own_parts, index, schedule.timesteps)
+        told = hooks_in_step(hooks, recorder, own_parts, index, schedule.timesteps, maps)
+        told = told._replace(attend=keep_queries_and_keys(kept, told.attend))
         conditioning = Conditioning(shifts, keys_values).of(slice(edit_rows, None))
-        both = Hooks(keep_queries_and_keys(kept, told), features)
-        return model.predict(halves(latents, reference_pairs), conditioning, both), reference_queries(kept), maps
+        return model.predict(halves(latents, reference_pairs), conditioning, told), reference_queries(kept), maps
 
     def first(index: Tensor, noise: Tensor, *constants: Tensor) -> Tensors:
         """The reference's first step."""
@@ -329,8 +327,7 @@ def edit_latents(
     def step(guiding: bool, index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
         (latents, reference, *before), (shifts, keys_values, alphas, scales) = state, constants[:4]
         path_table, weights = unpack(constants)
-        now, later = row(shifts, index), row(shifts, index + 1)
-        alphas_now, alphas_later = row(alphas, index), row(alphas, index + 1)
+        now, alphas_now = row(shifts, index), row(alphas, index)
         given, reference_maps = before[:layers] if queries is None else constants[len(constants) - layers :], []
         if passes:
             _, given, reference_maps = pass_of_reference(row(path_table, index), now, keys_values, index)
@@ -343,10 +340,7 @@ def edit_latents(
                 for q, (path, k) in zip(given, model.unet.keys(keys_values[edit_rows:]).items(), strict=True)
             }
             conditioning = Conditioning(now, keys_values).of(slice(edit_rows - len(start), edit_rows))
-            told = Hooks(
-                attend_by_parts(hooks.attend, guided_parts, index, schedule.timesteps, guiding=True),
-                features_by_parts(hooks.features, guided_parts, index, schedule.timesteps, guiding=True),
-            )
+            told = hooks_by_parts(hooks, guided_parts, index, schedule.timesteps, guiding=True)
             gradient = map_gradient(model, start, conditioning, references, told, settings.resolution_weights, weights)
             if followed == 1:
                 moved = halves(latents - scales[1] * gradient)
@@ -358,22 +352,21 @@ def edit_latents(
 
         kept: QueriesAndKeys = {}
         maps: list[Tensor] = []
+        told = hooks_in_step(hooks, recorder, parts, index, schedule.timesteps, maps)
         inputs, conditioning = moved, Conditioning(now, keys_values).of(slice(edit_rows))
-        if reference_rows:
+        if not on_path:
+            told = told._replace(attend=keep_queries_and_keys(kept, told.attend))
             inputs = torch.cat([moved, halves(reference, reference_pairs)])
-            now, later = (shift.expand(len(texts), -1) for shift in (now, later))
+            now, later = (shift.expand(len(texts), -1) for shift in (now, row(shifts, index + 1)))
             conditioning = Conditioning(torch.cat([now[:edit_rows], later[edit_rows:]]), keys_values)
-        told = attend_in_step(hooks.attend, recorder, parts, index, schedule.timesteps, maps)
-        features = features_by_parts(hooks.features, parts, index, schedule.timesteps)
-        both = Hooks(keep_queries_and_keys(kept, told), features)
-        prediction = model.predict(inputs, conditioning, both)
+        prediction = model.predict(inputs, conditioning, told)
         noise = model.to_noise(prediction[:edit_rows], moved, alphas_now[0])
         latents = ddim_step(latents, guided(noise, scales[0], pairs), *alphas_now)
         if passes and recorder:
             maps = recorder.weave(maps, reference_maps)
         if on_path:
             return [latents, reference, *maps]
-        reference = step_reference(reference, prediction[edit_rows:], alphas_later, scales)
+        reference = step_reference(reference, prediction[edit_rows:], row(alphas, index + 1), scales)
         return [latents, reference, *reference_queries(kept), *maps]
 
     kind = (
@@ -492,17 +485,16 @@ def edit(
     results: list[list[EditResult | None]] = [[None] * len(directions) for _ in items]
     if record:
         record.clear()
-    wants_queries = numbers[0].reference == "path" and guided_rows > 0 and negative_prompt is None
-    wants_queries = wants_queries and hooks == Hooks() and record is None
+    nobody_looks = hooks == Hooks() and record is None and negative_prompt is None  # at what the inversion has not seen
+    wants_queries = nobody_looks and guided_rows > 0 and numbers[0].reference == "path"
     for plan, batch in batches:
         model = plan.apply(model)
         fresh = [i for i in batch if i in pictures]
         inversions = {i: items[i] for i in batch if i not in pictures}
         captions = [prompts[i] for i in batch]
         caption, weights = model.encode_text(captions), _map_weights(model, captions, token_weights)
-        keeps_queries = wants_queries and len(fresh) == len(batch)  # else they are computed again
-        keeps_queries = keeps_queries and queries_fit(model, sizes[batch[0]], len(batch), numbers[0].steps)
-        queries = [] if keeps_queries else None
+        there_is_room = queries_fit(model, sizes[batch[0]], len(batch), numbers[0].steps)
+        queries = [] if wants_queries and there_is_room and len(fresh) == len(batch) else None  # None: computed again
         if fresh:
             own = caption[[batch.index(i) for i in fresh]]
             made = invert_pictures(

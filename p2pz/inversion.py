@@ -20,7 +20,6 @@ from p2pz.attention import (
     Hooks,
     Part,
     QueriesAndKeys,
-    features_by_parts,
     hooks_of,
     keep_queries_and_keys,
     plain,
@@ -35,7 +34,7 @@ from p2pz.kernels.regulariser import pyramid_heights
 from p2pz.memory import batches_for
 from p2pz.model import Model, load
 from p2pz.presets import Settings, settings_for
-from p2pz.recording import Recorder, attend_in_step
+from p2pz.recording import Recorder, hooks_in_step
 from p2pz.schedule import authors_inversion_schedule, ddim_step, inversion_schedule
 from p2pz.unet import Conditioning
 
@@ -169,10 +168,9 @@ def invert_latents(
         alpha_from, alpha_to = row(alphas, index)
         maps: list[Tensor] = []
         kept: QueriesAndKeys = {}
-        told = attend_in_step(hooks.attend, recorder, parts, index, schedule.timesteps, maps)
+        told = hooks_in_step(hooks, recorder, parts, index, schedule.timesteps, maps)
         if queries is not None:
-            told = keep_queries_and_keys(kept, told)
-        told = Hooks(told, features_by_parts(hooks.features, parts, index, schedule.timesteps))
+            told = told._replace(attend=keep_queries_and_keys(kept, told.attend))
         prediction = model.predict(latents, Conditioning(row(shifts, index), keys_values), told)
         noise = model.to_noise(prediction, latents, alpha_from)
         if offsets:

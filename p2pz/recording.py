@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from p2pz.attention import BRANCHES, HALVES, Attend, Part, Site, attend_by_parts, plain
+from p2pz.attention import BRANCHES, HALVES, Attend, Hooks, Part, Site, hooks_by_parts, plain
 from p2pz.files import load_tensors, save_tensors
 from p2pz.kernels import attention_probabilities, attention_with_maps
 from p2pz.model import Model
@@ -320,25 +320,25 @@ class Recorder:
         self._tables = {}
 
 
-def attend_in_step(
-    attend: Attend,
+def hooks_in_step(
+    hooks: Hooks,
     recorder: Recorder | None,
     parts: Sequence[Part],
     index: Tensor,
     timesteps: Sequence[int],
     maps: list[Tensor],
-) -> Attend:
-    """The `attend` of a step's pass: somebody's function, told what it sees, and a recorder that watches.
+) -> Hooks:
+    """The hooks of a step's pass: somebody's functions, told what they see, and a recorder that watches.
 
     Args:
-        attend, parts, index, timesteps: see `attend_by_parts`.
+        hooks, parts, index, timesteps: see `hooks_by_parts`.
         recorder: None: nobody watches.
         maps: receives what `Recorder.watch` leaves.
     """
-    told = attend_by_parts(attend, parts, index, timesteps)
+    told = hooks_by_parts(hooks, parts, index, timesteps)
     if not recorder:
         return told
-    return recorder.watch(told, parts, maps, None if index.is_cuda else int(index))
+    return told._replace(attend=recorder.watch(told.attend, parts, maps, None if index.is_cuda else int(index)))
 
 
 def record(

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from p2pz.attention import Attend, Features, Hooks, Part, features_by_parts, hooks_of, plain
+from p2pz.attention import Attend, Features, Hooks, Part, hooks_of, plain
 from p2pz.editing import guided
 from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.images import as_list, to_pictures
 from p2pz.inversion import hide
 from p2pz.memory import plan_for
 from p2pz.model import Model, load
-from p2pz.recording import Recorder, attend_in_step
+from p2pz.recording import Recorder, hooks_in_step
 from p2pz.schedule import ddim_step, denoising_schedule
 from p2pz.unet import Conditioning
 
@@ -66,10 +66,7 @@ def sample_latents(
         alpha_from, alpha_to = row(alphas, index)
         halves = torch.cat([latents, latents]) if pairs else latents
         maps: list[Tensor] = []
-        told = Hooks(
-            attend_in_step(hooks.attend, recorder, parts, index, timesteps, maps),
-            features_by_parts(hooks.features, parts, index, timesteps),
-        )
+        told = hooks_in_step(hooks, recorder, parts, index, timesteps, maps)
         prediction = model.predict(halves, Conditioning(row(shifts, index), keys_values), told)
         predicted = guided(model.to_noise(prediction, halves, alpha_from), guidance, pairs)
         return ddim_step(latents, predicted, alpha_from, alpha_to), *maps

@@ -1,6 +1,10 @@
 """Shared by the tests: a seed for every test, the error measure, and pairs of our UNet and diffusers' one."""
 
+import importlib.util
 import os
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from p2pz import unet
 
 torch.backends.cudnn.allow_tf32 = False  # two ways to compute the same in float32 would differ by TF32's rounding
 
+BENCH = Path(__file__).resolve().parent.parent / "bench"
 SD_LEVELS = {
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
@@ -35,6 +40,21 @@ UNETS = {
         "sample_size": 32,
     },
 }
+
+
+@pytest.fixture(scope="module")
+def load_script():
+    """`load_script(name)`: a script of bench/ as a module, under a name that is no package's."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def load(name: str) -> types.ModuleType:
+            spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+            module = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, spec.name, module)
+            spec.loader.exec_module(module)
+            return module
+
+        yield load
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """The benchmark of recording and changing attention runs, measures every form, and says whether its goal is met."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import sys
@@ -14,14 +13,8 @@ SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "attention_cost.py"
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The script as a module, under a name that is no package's."""
-    spec = importlib.util.spec_from_file_location("bench_attention_cost", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def bench(load_script):
+    return load_script("attention_cost")
 
 
 def main(bench, *arguments):

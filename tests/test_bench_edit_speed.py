@@ -1,7 +1,6 @@
 """The benchmark of whole edits runs, keeps its results, and its contenders do the same work; graphs by stand-ins."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import math
@@ -24,14 +23,8 @@ TIMES = ("total_s", "invert_s", "edit_s", "guided_step_ms", "unet_ms", "regulari
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The script as a module, under a name that is no package's."""
-    spec = importlib.util.spec_from_file_location("bench_edit_speed", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def bench(load_script):
+    return load_script("edit_speed")
 
 
 @pytest.fixture(scope="module")

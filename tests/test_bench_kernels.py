@@ -1,7 +1,6 @@
 """The kernel benchmark runs, measures, and reports what failed; its CUDA part is driven by stand-ins."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import subprocess
@@ -16,14 +15,8 @@ SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "kernels.py"
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The script as a module, under a name that is no package's."""
-    spec = importlib.util.spec_from_file_location("bench_kernels", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def bench(load_script):
+    return load_script("kernels")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The benchmark of several GPUs: two processes on the CPU share a folder; GPUs, failures and sums by stand-ins."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import re
@@ -17,14 +16,8 @@ SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "scaling.py"
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The script as a module, under a name that is no package's."""
-    spec = importlib.util.spec_from_file_location("bench_scaling", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def bench(load_script):
+    return load_script("scaling")
 
 
 def main(bench, *arguments):
