@@ -2,6 +2,7 @@
 
     python bench/edit_speed.py --out results                        # SD 1.5 shapes, random weights, one GPU
     python bench/edit_speed.py --out results --shapes sd21          # SD 2.1 at 768 x 768
+    python bench/edit_speed.py --out results --shapes sdxl          # SDXL at 1024 x 1024, which diffusers cannot edit
     python bench/edit_speed.py --out results --model FOLDER         # any checkpoint in the diffusers layout
     python bench/edit_speed.py --out results --only p2pz diffusers  # some contenders; results of earlier runs are kept
     python bench/edit_speed.py --out results --parts unet guided    # some parts
@@ -22,7 +23,8 @@ Rows:
 - total_s: picture in, picture out, texts and direction encoded. p2pz also decodes the reconstruction.
 - invert_s, edit_s: between latents; edit_s is reference and edit, of p2pz_default the edit, whose reference is the
   inversion. diffusers' inversion also decodes a picture, always.
-- guided_step_ms: both halves forward with maps and loss, gradient to the latents, both halves forward again.
+- guided_step_ms: both halves forward with maps and loss, gradient to the latents, both halves forward again; the
+  default preset takes the gradient of the conditional half only.
 - unet_ms: a plain forward of 1, 2 or 4 images; for diffusers with its fast attention, not with the pipeline's.
 - regulariser_ms: all rounds of one inversion step; p2pz has drawn the offsets before.
 - images_per_second: 1, 4 or 8 images given at once; diffusers and compiled edit one after another.
@@ -71,7 +73,7 @@ from torch import Tensor
 
 import p2pz
 from p2pz.attention import keep_queries_and_keys
-from p2pz.editing import edit_latents, map_gradient
+from p2pz.editing import edit_latents, followed_rows, map_gradient
 from p2pz.files import atomic_path
 from p2pz.images import to_pictures, to_tensor
 from p2pz.inversion import invert_latents
@@ -80,7 +82,14 @@ from p2pz.kernels.regulariser import pyramid_heights
 from p2pz.presets import Settings, settings_for
 from p2pz.schedule import Schedule, ddim_step, denoising_schedule, inversion_schedule, to_epsilon
 from p2pz.sentences import bank_sentences
-from p2pz.unet import STABLE_DIFFUSION_1, STABLE_DIFFUSION_2_768, Conditioning, UNetConfig
+from p2pz.unet import (
+    SIZE_NUMBERS,
+    STABLE_DIFFUSION_1,
+    STABLE_DIFFUSION_2_768,
+    STABLE_DIFFUSION_XL,
+    Conditioning,
+    UNetConfig,
+)
 from p2pz.vae import VAEConfig
 from p2pz.weights import MINI_FOLDER, open_checkpoint
 
@@ -99,11 +108,11 @@ def ours_forward(model: p2pz.Model, latents: Tensor, conditioning: Conditioning)
 
 
 def ours_guided_step(
-    model: p2pz.Model, halves: Tensor, conditioning: Conditioning, reference: dict, strength: float
+    model: p2pz.Model, halves: Tensor, conditioning: Conditioning, reference: dict, strength: float, followed: int
 ) -> Tensor:
-    """Noise of both halves after each was moved by its own gradient, as in the preset `diffusers`."""
-    gradient = map_gradient(model, halves, conditioning, reference)
-    return model.predict(halves - strength / 2 * gradient, conditioning)
+    """Noise of both halves after each was moved by its own gradient, or both by the one of the conditional half."""
+    gradient = map_gradient(model, halves[-followed:], conditioning.of(slice(-followed, None)), reference)
+    return model.predict(halves - strength / followed * gradient, conditioning)
 
 
 # What is measured, and on what.
@@ -140,7 +149,7 @@ ROWS += ["sample_s", "start_up_s", "load_s", "load_host_gib", "images_per_second
 def takes(name: str, part: str) -> bool:
     """Whether a contender has a time of its own there."""
     if name == "p2pz_default":
-        return part in ("total", "invert", "edit", "start_up")
+        return part in ("total", "guided", "invert", "edit", "start_up")
     return name == "p2pz" or part not in ("batches", "agreement", "sample" if name == "compiled" else "")
 
 
@@ -251,7 +260,8 @@ class P2pz:
 
     def conditioning(self, contexts: Tensor) -> Conditioning:
         """What an edit computes once, for one timestep."""
-        shifts, keys_values = self.model.condition(self.setup.timestep().reshape(1), contexts)
+        size = self.setup.noise().shape[2:]
+        shifts, keys_values = self.model.condition(self.setup.timestep().reshape(1), contexts, size)
         return Conditioning(shifts[0], keys_values)
 
     def unet(self, batch: int) -> Callable:
@@ -261,9 +271,10 @@ class P2pz:
 
     def guided(self) -> Callable:
         halves, reference = self.setup.noise(dtype=torch.float32).repeat(2, 1, 1, 1), {}
-        caption = self.conditioning(self.contexts[:1].repeat(2, 1, 1))
-        self.model.predict(halves, caption, keep_queries_and_keys(reference))
-        arguments = self.model, halves, self.conditioning(self.contexts), reference, self.setup.strength
+        followed = followed_rows(self.settings)
+        caption = self.conditioning(self.contexts[:1].repeat(followed, 1, 1))
+        self.model.predict(halves[:followed], caption, keep_queries_and_keys(reference))
+        arguments = self.model, halves, self.conditioning(self.contexts), reference, self.setup.strength, followed
         return captured(lambda: ours_guided_step(*arguments), self.setup.device)
 
     def regulariser(self) -> Callable:
@@ -582,17 +593,24 @@ def quiet() -> None:
 
 
 class Shapes(NamedTuple):
-    """Sizes of a checkpoint; of the text encoder: hidden size, layers, heads, activation."""
+    """Sizes of a checkpoint; of the text encoder, and of a second one: hidden size, layers, heads, activation."""
 
     unet: UNetConfig
     vae: VAEConfig
     text: tuple[int, int, int, str]
     prediction: str = "epsilon"
+    text_2: tuple[int, int, int, str] | None = None
 
 
 SHAPES = {
     "sd15": Shapes(STABLE_DIFFUSION_1, VAEConfig(), (768, 12, 12, "quick_gelu")),
     "sd21": Shapes(STABLE_DIFFUSION_2_768, VAEConfig(sample_size=768), (1024, 23, 16, "gelu"), "v_prediction"),
+    "sdxl": Shapes(
+        STABLE_DIFFUSION_XL,
+        VAEConfig(sample_size=1024, scaling_factor=0.13025),
+        (768, 12, 12, "quick_gelu"),
+        text_2=(1280, 32, 20, "gelu"),
+    ),
     "smoke": Shapes(
         UNetConfig(4, 4, 8, (32, 64), 1, (True, True), (2, 4), 32, False, 16),
         VAEConfig((16, 32, 32, 32), 1, norm_groups=16, sample_size=64),
@@ -610,22 +628,28 @@ def write_checkpoint(shapes: Shapes, setup: Setup) -> None:
     """
     quiet()
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     folder, wanted = Path(setup.folder), json.dumps([shapes.unet.to_json(), shapes.vae.to_json(), *shapes[2:]])
     if (folder / "made_for.json").is_file() and (folder / "made_for.json").read_text() == wanted:
         return
     torch.manual_seed(0)
-    width, layers, heads, activation = shapes.text
     words = json.loads((MINI_FOLDER / "text_encoder" / "config.json").read_text())
-    text_config = CLIPTextConfig(
-        vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, hidden_act=activation, projection_dim=width,
-        **{name: words[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    )  # fmt: skip
+
+    def text_config(width: int, layers: int, heads: int, activation: str) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+            num_attention_heads=heads, hidden_act=activation, projection_dim=width,
+            **{name: words[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        )  # fmt: skip
+
     with torch.device(setup.device):
         unet = UNet2DConditionModel.from_config(shapes.unet.to_json())
-        vae, text = AutoencoderKL.from_config(shapes.vae.to_json()), CLIPTextModel(text_config)
+        vae, text = AutoencoderKL.from_config(shapes.vae.to_json()), CLIPTextModel(text_config(*shapes.text))
+        made = {"unet": unet, "vae": vae, "text_encoder": text}
+        if shapes.text_2:
+            made["text_encoder_2"] = CLIPTextModelWithProjection(text_config(*shapes.text_2))
+            shutil.copytree(MINI_FOLDER / "tokenizer", folder / "tokenizer_2", dirs_exist_ok=True)
     for name, parameter in unet.named_parameters():
         if name.endswith("to_q.weight"):
             parameter *= 4  # else attention maps are almost uniform, and their guidance changes almost nothing
@@ -634,12 +658,17 @@ def write_checkpoint(shapes: Shapes, setup: Setup) -> None:
     shutil.copy(MINI_FOLDER / "model_index.json", folder)
     scheduler = setup.config("scheduler", "scheduler_config.json") | {"prediction_type": shapes.prediction}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    for module, name in ((unet, "unet"), (vae, "vae"), (text, "text_encoder")):
+    for name, module in made.items():
         module.half().save_pretrained(folder / name)
         module.to(setup.precision)
 
-    contexts = text(torch.arange(77, device=setup.device)[None]).last_hidden_state
-    noise = unet(setup.noise(), setup.timestep(), contexts).sample
+    tokens = torch.arange(77, device=setup.device)[None]
+    contexts, told = text(tokens).last_hidden_state, {}
+    if shapes.text_2:
+        second = made["text_encoder_2"](tokens)
+        contexts = torch.cat([contexts, second.last_hidden_state], dim=-1)
+        told = {"text_embeds": second.text_embeds, "time_ids": setup.noise().new_zeros(1, SIZE_NUMBERS)}
+    noise = unet(setup.noise(), setup.timestep(), contexts, added_cond_kwargs=told).sample
     picture = vae.decode(setup.noise() / vae.config.scaling_factor).sample
     for result in (noise, picture, vae.encode(picture.clamp(-1, 1)).latent_dist.mean):
         if not result.isfinite().all():
@@ -882,8 +911,10 @@ def limits(setup: Setup) -> dict[str, float]:
         unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
         latents = torch.empty(1, 4, setup.sides[0], setup.sides[0], requires_grad=True)
         contexts, timestep = torch.empty(1, 77, config["cross_attention_dim"]), torch.tensor(TIMESTEP)
+        width = UNetConfig.from_json(config).pooled_channels
+        told = {"text_embeds": torch.empty(1, width), "time_ids": torch.empty(1, SIZE_NUMBERS)} if width else {}
         with FlopCounterMode(display=False) as forward:
-            noise = unet(latents, timestep, contexts).sample
+            noise = unet(latents, timestep, contexts, added_cond_kwargs=told).sample
         with FlopCounterMode(display=False) as backward:
             noise.sum().backward()
     found = {"matrix_flop_per_s": 2 * side**3 / median(times[""]), "forward_flop": forward.get_total_flops()}
@@ -893,8 +924,8 @@ def limits(setup: Setup) -> dict[str, float]:
 def weights_gib(setup: Setup) -> float:
     """What the weights take on disk."""
     checkpoint = open_checkpoint(setup.folder)
-    parts = checkpoint.unet, checkpoint.vae, checkpoint.text_encoder
-    return sum(tensor.nbytes for part in parts for tensor in part.tensors.values()) / 2**30
+    parts = checkpoint.unet, checkpoint.vae, checkpoint.text_encoder, checkpoint.text_encoder_2
+    return sum(tensor.nbytes for part in parts if part for tensor in part.tensors.values()) / 2**30
 
 
 def put(rows: dict[str, Any], row: str, key: str | None = None, *, values: list[float]) -> None:
@@ -919,7 +950,9 @@ def derive(results: dict[str, Any]) -> None:
             rows.setdefault("images_per_second", {}).update(dict.fromkeys(counts, 1 / rows["total_s"]))
         work = {f"unet {batch}": (int(batch) * forward, ms) for batch, ms in rows.get("unet_ms", {}).items()}
         if "guided_step_ms" in rows:
-            work["guided step"] = 2 * (forward + limit["forward_and_gradient_flop"]), rows["guided_step_ms"]
+            followed = 1 if name == "p2pz_default" else 2
+            flop = 2 * forward + followed * limit["forward_and_gradient_flop"]
+            work["guided step"] = flop, rows["guided_step_ms"]
         if work:
             rows["fraction_of_limit"] = {key: flop / rate / (ms / 1000) for key, (flop, ms) in work.items()}
 
@@ -1090,7 +1123,9 @@ def main() -> None:
         return child(sys.argv[2], Setup(**json.loads(sys.argv[3])))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for edit_speed.json, .md and .png")
-    parser.add_argument("--shapes", choices=["sd15", "sd21"], default="sd15", help="of random weights (%(default)s)")
+    parser.add_argument(
+        "--shapes", choices=["sd15", "sd21", "sdxl"], default="sd15", help="of random weights (%(default)s)"
+    )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a checkpoint; its name is added to the files'")
     parser.add_argument("--checkpoint-dir", type=Path, metavar="FOLDER", help="keep the random weights here")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of p2pz, diffusers and compiled")
@@ -1101,7 +1136,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and 3 steps on the CPU, to test the script")
     args = parser.parse_args()
     parts = chosen(args.parts or (MINI_PARTS if args.mini else None), list(PARTS), "--parts")
-    only = chosen(args.only or (["p2pz", "diffusers"] if args.mini else None), [*CONTENDERS[::2], "compiled"], "--only")
+    only = args.only or (["p2pz", "diffusers"] if args.mini else ["p2pz"] if args.shapes == "sdxl" else None)
+    only = chosen(only, [*CONTENDERS[::2], "compiled"], "--only")
     names = [name for name in CONTENDERS if name.removesuffix("_default") in only]
     cpu = args.smoke or args.mini
     if not cpu and not torch.cuda.is_available():

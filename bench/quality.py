@@ -43,6 +43,7 @@ from p2pz.metrics import (
     mean_with_interval,
     structure_distance,
 )
+from p2pz.presets import PRESETS
 from p2pz.sentences import source_prompt
 from p2pz.unet import UNet
 from p2pz.weights import MINI_FOLDER, mini_world
@@ -127,6 +128,12 @@ METHODS: dict[str, Method] = {
 }
 """Everything but the last is tuned for each task; the last is what p2pz does by itself."""
 
+CHECKPOINTS = {
+    key: getattr(PRESETS["p2pz"], key)
+    for key in ("steps", "strength", "guidance", "xa_guidance", "gradient", "blend", *REGULARISED)
+}
+"""What the default is for a real checkpoint."""
+
 ABLATIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "gradient of both halves, guidance 1.5": {"gradient": "both", "guidance": 1.5},
@@ -142,6 +149,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "regulariser 5": REGULARISED,
     "regulariser 5, every offset": REGULARISED | {"form": "every"},
     "50 steps": {"steps": 50},
+    "a checkpoint's default": CHECKPOINTS,
+    "a checkpoint's default, half the map guidance": CHECKPOINTS | {"xa_guidance": 0.05},
+    "a checkpoint's default, ten times the map guidance": CHECKPOINTS | {"xa_guidance": 1.0},
+    "a checkpoint's default, gradient as the authors'": CHECKPOINTS | {"gradient": "halves"},
+    "a checkpoint's default, gradient as the authors', ten times the map guidance": CHECKPOINTS
+    | {"gradient": "halves", "xa_guidance": 1.0},
+    "a checkpoint's default, gradient as the authors', reference denoised": CHECKPOINTS
+    | {"gradient": "halves", "reference": "denoised"},
 }
 
 

@@ -87,7 +87,7 @@ _CHOICES = {
 }
 
 PRESETS = {
-    "p2pz": Settings(reference="path"),
+    "p2pz": Settings(gradient="conditional", reference="path"),
     "authors": Settings(inversion="authors", sample_posterior=True),
     "diffusers": Settings(guidance=7.5, lowest_offset=0, sample_posterior=True),
 }

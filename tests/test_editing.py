@@ -304,6 +304,8 @@ def test_presets_are_the_documented_values():
     authors, diffusers = vars(PRESETS["authors"]), vars(PRESETS["diffusers"])
     assert authors == published | {"guidance": 5.0, "inversion": "authors", "lowest_offset": 1}
     assert diffusers == published | {"guidance": 7.5, "inversion": "mirror", "lowest_offset": 0}
+    ours = {"inversion": "mirror", "sample_posterior": False, "gradient": "conditional", "reference": "path"}
+    assert vars(PRESETS["p2pz"]) == authors | ours
 
 
 def test_the_bundled_model_has_its_own_numbers(model):
