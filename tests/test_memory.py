@@ -339,7 +339,14 @@ def stable_diffusion():
 
 
 @needs_gpu
-def test_work_stays_within_the_budget(stable_diffusion, monkeypatch, assert_close):
+@pytest.mark.parametrize(
+    ("preset", "guided_rows", "plans"),
+    [
+        ("p2pz", 1, ((4.0, False, False), (3.1, True, False), (2.8, True, True))),
+        ("diffusers", 2, ((4.2, False, False), (4.0, True, False), (3.0, True, True))),
+    ],
+)
+def test_work_stays_within_the_budget(preset, guided_rows, plans, stable_diffusion, monkeypatch, assert_close):
     """Two images, inverted and edited at once without a budget, and one by one with ever smaller ones."""
     model, before = stable_diffusion
     noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
@@ -355,7 +362,8 @@ def test_work_stays_within_the_budget(stable_diffusion, monkeypatch, assert_clos
         torch.cuda.reset_peak_memory_stats()
         latents.clear()
         worker = replace(model, max_memory=budget, graphs=Graphs())
-        results = p2pz.edit(pictures, change, model=worker, steps=2, prompt="a photo of a cat", progress=False)
+        options = {"preset": preset, "steps": 2, "prompt": "a photo of a cat", "progress": False}
+        results = p2pz.edit(pictures, change, model=worker, **options)
         peak = torch.cuda.max_memory_reserved() - before
         worker.graphs.clear()
         inversions = torch.stack([result.inversion.latents for result in results])
@@ -363,8 +371,8 @@ def test_work_stays_within_the_budget(stable_diffusion, monkeypatch, assert_clos
 
     free, most = run(None)
     print(f"no budget: {most / GIB:.2f} GiB")
-    for budget, offload, checkpoint in ((4.2, False, False), (4.0, True, False), (3.0, True, True)):
-        plan = plan_for(replace(model, max_memory=int(budget * GIB)), (512, 512), 8, 3, 2)
+    for budget, offload, checkpoint in plans:
+        plan = plan_for(replace(model, max_memory=int(budget * GIB)), (512, 512), 8, 3, guided_rows)
         assert (plan.images, plan.offload, plan.checkpoint) == (1, offload, checkpoint)
         limited, peak = run(int(budget * GIB))
         print(f"budget {budget:.1f} GiB: {peak / GIB:.2f} GiB")
