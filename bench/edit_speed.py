@@ -808,14 +808,9 @@ class Bench:
             if peaks:
                 for row in ("start_up_s", "load_s", "load_host_gib"):
                     put(self.results[name], row, values=[run[row] for run in runs if run])
-                if (
-                    name == "p2pz_4gib"
-                ):  # with others' memory in its process, it would record its graphs anew every time
-                    put(
-                        self.results[name],
-                        "total_s",
-                        values=[seconds for run in runs if run for seconds in run["again_s"]],
-                    )
+                if name == "p2pz_4gib":  # beside others' memory it would record its graphs anew in every edit
+                    again = [seconds for run in runs if run for seconds in run["again_s"]]
+                    put(self.results[name], "total_s", values=again)
                 self.results[name]["peak_gib"] = {key: max(peak[key] for peak in peaks) for key in peaks[0]}
             else:
                 failures[name] = reasons[0]
@@ -1123,7 +1118,7 @@ def with_earlier(results: dict[str, Any], path: Path) -> dict[str, Any]:
     if different:
         print(f"{path} is from another run: its {', '.join(different)} differ; it is replaced")
         return results
-    return earlier | {key: results[key] for key in ("date", "command")}
+    return results | earlier | {key: results[key] for key in ("date", "command")}
 
 
 def chosen(given: list[str] | None, names: list[str], option: str) -> list[str]:
