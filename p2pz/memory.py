@@ -14,16 +14,18 @@ from p2pz.model import GIB, Model, vae_dtype
 
 # What the UNet takes for each row of its batch, in feature maps of its finest level (`[channels, h, w]` of a latent,
 # 2.5 MiB for SD 1.5 at 64 x 64 in float16), so that one number serves all sizes and dtypes. Measured on an H200 with
-# SD 1.5, 64 x 64, float16: gradient 1.30 GiB for 2 rows, forward pass 0.35 GiB for 3. The checkpointed gradient is not
-# measured: adding up all live tensors on the meta device gives 29 (forward), 181 (gradient) and 54 (checkpointed)
-# maps; the measured ones are 1.5 times that, libraries' work space included, and so this one is taken to be.
-FORWARD, GRADIENT, CHECKPOINTED = 48.0, 266.0, 80.0
+# SD 1.5, 64 x 64, float16: gradient 1.30 GiB for 2 rows, forward pass 0.35 GiB for 3. Adding up all live tensors on the
+# meta device gives 29 (forward), 181 (gradient) and 54 (checkpointed) maps; the measured ones are 1.5 times that,
+# libraries' work space included. The checkpointed gradient is twice: with 80 maps an edit of 2 guided rows took
+# 3.07 GiB of a budget of 3.
+FORWARD, GRADIENT, CHECKPOINTED = 48.0, 266.0, 110.0
 # What an edit may keep of its inversion, see `queries_fit`: so much of a GPU's memory, or bytes of the host's.
 SHARE_OF_A_GPU, MOST_ON_THE_HOST = 1 / 9, 2 * GIB
 # What an edit keeps between passes for each row: queries of the reference, its keys and values, where graphs read them.
 KEPT = 20.0
 # How many times as many maps Stable Diffusion XL takes for a gradient, and keeps, as 1.5: adding up what autograd saves
-# on the meta device gives 508 maps instead of 277, checkpointed 101 instead of 52. Not measured on a GPU.
+# on the meta device gives 508 maps instead of 277, checkpointed 101 instead of 52. On an H200, 1024 x 1024, float16, with
+# budgets from 10 to 60 GiB, an edit took 9.9 GiB (the smallest possible budget), 12 and, with 2 guided rows, 19.
 XL_DEPTH = 1.9
 # What the VAE takes for one image, in its own finest feature maps (`[channels, H, W]` of the picture): 0.45 GiB for
 # the decoder at 512 x 512, 0.40 for the encoder.
@@ -32,7 +34,7 @@ VAE = 7.2
 MARGIN = 1.25
 # Libraries' work spaces (three streams, 32 MiB each on a Hopper), small tensors, and what the trial run before a
 # recording takes beside the memory of other graphs. With it the estimate for one image of 512 x 512, SD 1.5, float16,
-# all parts on the GPU, is 4.14 GiB; 3.48 were measured since all recordings share one stream (4.04 before).
+# all parts on the GPU, is 3.33 GiB for 1 guided row and 4.14 for 2; 3.34 and 3.79 were measured.
 FIXED = round(0.35 * GIB)
 
 

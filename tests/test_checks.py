@@ -142,7 +142,7 @@ def test_the_memory_that_is_told_is_what_a_budget_needs(tmp_path):
     assert least <= one < eight
 
     def plan(gib):
-        return plan_for(replace(model, max_memory=int(gib * GIB)), (128, 128), 8, rows=3, guided_rows=2)
+        return plan_for(replace(model, max_memory=int(gib * GIB)), (128, 128), 8, rows=3, guided_rows=1)
 
     rounding = 0.05
     assert plan(eight + rounding).images == 8 and plan(eight - rounding) != plan(eight + rounding)
