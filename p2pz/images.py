@@ -1,5 +1,6 @@
 """Images in and out: files, PIL images and arrays to tensors, and back."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from p2pz.files import atomic_path, check_place
@@ -19,7 +20,7 @@ LARGEST_SHAPE_RATIO = 8
 
 
 def read_image(image: ImageLike) -> Image.Image:
-    """Any accepted form of an image as an upright RGB picture; transparency becomes white.
+    """Any accepted form of an image as an upright sRGB picture; transparency becomes white.
 
     Args:
         image: a path, a PIL image, or an array `[H, W, 3]` (also `[H, W]` or `[H, W, 4]`), uint8, uint16 or floats in
@@ -36,7 +37,7 @@ def read_image(image: ImageLike) -> Image.Image:
         picture = _from_array(image)
     else:
         raise ValueError(f"an image is a path, a PIL image or a numpy array, not {type(image).__name__}")
-    picture = ImageOps.exif_transpose(picture)
+    picture = _to_srgb(ImageOps.exif_transpose(picture))
     if picture.mode.startswith("I"):  # 16 bits a pixel; PIL would cut off the values above 255
         levels = np.asarray(picture).astype(np.int64)
         picture = Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8))
@@ -51,6 +52,21 @@ def read_image(image: ImageLike) -> Image.Image:
             f"16 pixels and one at most {LARGEST_SHAPE_RATIO} times the other"
         )
     return picture.convert("RGB")
+
+
+def _to_srgb(picture: Image.Image) -> Image.Image:
+    """Colours of another space, such as phones' Display P3, by the picture's own profile; without one, as they are."""
+    profile = picture.info.pop("icc_profile", None)
+    if profile is None or picture.mode not in ("L", "RGB", "RGBA", "CMYK"):
+        return picture
+    mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        picture = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError):  # damaged, or of another kind of picture
+        return picture
+    del picture.info["icc_profile"]  # a picture without one is sRGB
+    return picture
 
 
 def _open(path: Path) -> Image.Image:

@@ -24,8 +24,8 @@ SHARE_OF_A_GPU, MOST_ON_THE_HOST = 1 / 9, 2 * GIB
 # What an edit keeps between passes for each row: queries of the reference, its keys and values, where graphs read them.
 KEPT = 20.0
 # How many times as many maps Stable Diffusion XL takes for a gradient, and keeps, as 1.5: adding up what autograd saves
-# on the meta device gives 508 maps instead of 277, checkpointed 101 instead of 52. On an H200, 1024 x 1024, float16, with
-# budgets from 10 to 60 GiB, an edit took 9.9 GiB (the smallest possible budget), 12 and, with 2 guided rows, 19.
+# on the meta device gives 508 maps instead of 277, checkpointed 101 instead of 52. On an H200, 1024 x 1024, float16,
+# with budgets from 10 to 60 GiB, an edit took 9.9 GiB (the smallest possible budget), 12 and, with 2 guided rows, 19.
 XL_DEPTH = 1.9
 # What the VAE takes for one image, in its own finest feature maps (`[channels, H, W]` of the picture): 0.45 GiB for
 # the decoder at 512 x 512, 0.40 for the encoder.

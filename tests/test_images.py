@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from p2pz.images import (
     as_list,
@@ -116,6 +116,31 @@ def test_cmyk(ending, pixels, tmp_path):
     Image.fromarray(smooth).convert("CMYK").save(tmp_path / f"a.{ending}", quality=100)
     read = np.asarray(read_image(tmp_path / f"a.{ending}")).astype(int)
     assert np.abs(read - smooth).mean() <= (3 if ending == "jpg" else 1)
+
+
+def exchanged_profile():
+    """A colour profile in which red is sRGB's blue."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"none", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"none", b"bXYZ", 1)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
+def test_colours_are_read_by_the_profile_of_a_picture(ending, tmp_path):
+    picture, path = Image.new("RGB", (32, 32), (200, 10, 20)), tmp_path / f"a.{ending}"
+    picture.save(path, icc_profile=exchanged_profile(), quality=100)
+    seen = read_image(path)
+    assert np.abs(np.subtract(seen.getpixel((9, 9)), (20, 10, 200))).max() <= 4 and "icc_profile" not in seen.info
+    picture.save(path, icc_profile=b"no profile", quality=100)
+    assert np.abs(np.subtract(read_image(path).getpixel((9, 9)), (200, 10, 20))).max() <= 4
+
+
+def test_profiles_keep_transparency_and_the_callers_picture():
+    picture = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    picture.info["icc_profile"] = exchanged_profile()
+    picture.paste((255, 0, 0, 255), (0, 0, 32, 16))
+    seen = read_image(picture)
+    assert seen.getpixel((4, 4)) == (0, 0, 255) and seen.getpixel((4, 20)) == (255, 255, 255)
+    assert picture.info["icc_profile"] == exchanged_profile() and picture.getpixel((4, 4)) == (255, 0, 0, 255)
 
 
 def test_bilevel_and_palette(tmp_path, pixels):

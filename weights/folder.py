@@ -62,6 +62,7 @@ def open_folder(folder: Path) -> Checkpoint:
             check_inputs(config.get("in_channels"), folder)
         path = find_tensors(folder / part)
         tensors = rename(read_tensors(path), renames, path)
+        check_layers(config, len(tensors), config_path)
         components[part] = Component(path, config_path, str(config_path), config, tensors)
     return Checkpoint(
         path=folder,
@@ -70,6 +71,15 @@ def open_folder(folder: Path) -> Checkpoint:
         scheduler=folder / "scheduler" / "scheduler_config.json",
         **components,
     )
+
+
+def check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
+    """Raise CheckpointError if a `config.json` asks for more layers than there are tensors: it would take for ever."""
+    for key in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers"):
+        counts = config.get(key)
+        for count in counts if isinstance(counts, list) else [counts]:
+            if isinstance(count, int) and count > tensors:
+                raise CheckpointError(f"{path}: {key} is {count}, but the weights beside it are {tensors} tensors only")
 
 
 def components_of(names: Collection[str]) -> dict[str, Renames]:
