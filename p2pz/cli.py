@@ -238,6 +238,7 @@ def maps_command(args: argparse.Namespace) -> int:
     from p2pz.images import read_image, save_image
     from p2pz.inversion import prepare_pictures
     from p2pz.presets import settings_for
+    from p2pz.tokens import words_of
 
     edits = args.source is not None
     if edits != (args.target is not None):
@@ -250,7 +251,7 @@ def maps_command(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     (picture,) = prepare_pictures([picture], model)
     prompt = args.prompt or caption(picture, model=model)
-    words = maps.words_of(model, prompt)
+    words = words_of(model, prompt)
     if not words:
         raise ValueError("the caption has no words: give a --prompt that says what the image shows")
     last = settings_for(model, args.preset, steps=args.steps).steps - 1

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from p2pz.attention import Attend, Site, plain
 from p2pz.changes import Change, where
-from p2pz.model import Model
 from p2pz.recording import Recorded
-from p2pz.tokens import tokens_of, weigh_tokens
 
 # Colours from 0 to 1, in equal steps. Lightness grows all the way, so they can be told apart without hues too.
 RAMP = ((24, 18, 66), (44, 58, 122), (32, 104, 140), (28, 148, 132), (98, 190, 98), (190, 218, 70), (254, 240, 110))
@@ -25,40 +23,8 @@ TILE, FONT_SIZE = 128, 13  # pixels
 LANCZOS = Image.Resampling.LANCZOS
 
 Row = Sequence[tuple[str, Image.Image]]
-Words = Sequence[tuple[str, Sequence[int]]]  # with the places of their tokens, see `words_of`
+Words = Sequence[tuple[str, Sequence[int]]]  # with the places of their tokens, see `p2pz.tokens.words_of`
 States = dict[Site, Tensor]  # [B, N, H, D], in host memory
-
-
-def words_of(model: Model, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
-    """The words of a caption, and the places of their tokens in the padded caption.
-
-    Args:
-        model: whose tokenizer to use.
-        prompt: the caption.
-    """
-    pieces = model.tokenizer.convert_ids_to_tokens(tokens_of(model, prompt)[1:-1])
-    words: list[tuple[str, tuple[int, ...]]] = []
-    text, places = "", ()
-    for place, piece in enumerate(pieces, start=1):
-        text, places = text + piece.removesuffix("</w>"), (*places, place)
-        if piece.endswith("</w>") or place == len(pieces):
-            words.append((text, places))
-            text, places = "", ()
-    return words
-
-
-def places_of(model: Model, prompt: str, words: str) -> list[int]:
-    """Places of words in the padded caption, wherever they stand in it; 0 is the start token.
-
-    Args:
-        model: whose tokenizer to use.
-        prompt: the caption.
-        words: a word, or words in a row.
-
-    Raises:
-        ValueError: the caption does not contain them.
-    """
-    return weigh_tokens(model, prompt, {words: 0.0}).eq(0).nonzero().flatten().tolist()
 
 
 def heat_map(
@@ -74,7 +40,7 @@ def heat_map(
 
     Args:
         recorded: maps.
-        places: of the tokens in the padded caption, see `places_of`.
+        places: of the tokens in the padded caption, see `p2pz.tokens.places_of`.
         branch, half: whose maps. None: the first branch that was recorded, of an edit the edit itself.
         layers: part of their paths, or a test of their sites such as `p2pz.changes.where` gives.
         steps: of the recorded ones. None: all.

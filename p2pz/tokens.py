@@ -1,4 +1,4 @@
-"""Which tokens of a caption belong to which of its words."""
+"""Which tokens of a caption belong to which of its words, and where they stand."""
 
 from collections.abc import Mapping
 
@@ -11,6 +11,43 @@ from p2pz.model import Model
 def tokens_of(model: Model, prompt: str) -> list[int]:
     """A caption's tokens from start token to end token, cut to the encoder's length, without padding."""
     return model.tokenizer(prompt, truncation=True, max_length=model.tokenizer.model_max_length).input_ids
+
+
+def words_of(model: Model, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The words of a caption, and the places of their tokens in the padded caption.
+
+    Args:
+        model: whose tokenizer to use.
+        prompt: the caption.
+    """
+    pieces = model.tokenizer.convert_ids_to_tokens(tokens_of(model, prompt)[1:-1])
+    words: list[tuple[str, tuple[int, ...]]] = []
+    text, places = "", ()
+    for place, piece in enumerate(pieces, start=1):
+        text, places = text + piece.removesuffix("</w>"), (*places, place)
+        if piece.endswith("</w>") or place == len(pieces):
+            words.append((text, places))
+            text, places = "", ()
+    return words
+
+
+def places_of(model: Model, prompt: str, words: str) -> list[int]:
+    """Places of words in the padded caption, wherever they stand in it; 0 is the start token.
+
+    Args:
+        model: whose tokenizer to use.
+        prompt: the caption.
+        words: a word, or words in a row.
+
+    Raises:
+        ValueError: the caption does not contain them.
+    """
+    ids, wanted = tokens_of(model, prompt), tokens_of(model, words)[1:-1]
+    ends = [True, *(name.endswith("</w>") for name in model.tokenizer.convert_ids_to_tokens(ids[1:]))]
+    starts = [i for i in range(1, len(ids)) if ends[i - 1] and ids[i : i + len(wanted)] == wanted]
+    if not wanted or not starts:
+        raise ValueError(f'the caption "{prompt}" does not contain "{words}"')
+    return sorted({i + offset for i in starts for offset in range(len(wanted))})
 
 
 def weigh_tokens(model: Model, prompt: str, factors: Mapping[str, float]) -> Tensor:
@@ -27,16 +64,9 @@ def weigh_tokens(model: Model, prompt: str, factors: Mapping[str, float]) -> Ten
     Raises:
         ValueError: a word is not in the caption, or a factor not a finite number.
     """
-    ids = tokens_of(model, prompt)
-    ends = [True, *(name.endswith("</w>") for name in model.tokenizer.convert_ids_to_tokens(ids[1:]))]
     weights = torch.ones(model.tokenizer.model_max_length)
     for words, factor in factors.items():
-        wanted = tokens_of(model, words)[1:-1]
-        starts = [i for i in range(1, len(ids)) if ends[i - 1] and ids[i : i + len(wanted)] == wanted]
-        if not wanted or not starts:
-            raise ValueError(f'the caption "{prompt}" does not contain "{words}", whose maps are to be weighed')
         if not abs(factor) < float("inf"):
             raise ValueError(f'the factor of "{words}" must be a finite number, not {factor}')
-        for i in starts:
-            weights[i : i + len(wanted)] = factor
+        weights[places_of(model, prompt, words)] = factor
     return weights

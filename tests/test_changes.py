@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 import p2pz
-from p2pz import changes, maps
+from p2pz import changes
 from p2pz.attention import Site, keep_queries_and_keys, plain
 from p2pz.editing import edit_latents, map_gradient
 from p2pz.images import psnr
 from p2pz.methods import align_tokens
 from p2pz.presets import settings_for
 from p2pz.schedule import denoising_schedule
-from p2pz.tokens import weigh_tokens
+from p2pz.tokens import places_of, weigh_tokens
 from p2pz.weights import MINI_FOLDER, mini_world
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -437,7 +437,7 @@ def test_reweighted_words_are_heard_less_or_more(model):
     from p2pz.clip import load_mini_clip
 
     prompt = "a photo of a cat with glasses in the snow"
-    place = maps.places_of(model, prompt, "glasses")[0]
+    place = places_of(model, prompt, "glasses")[0]
     clip, scores = load_mini_clip(model), []
     for factor in (0.0, 1.0):
         weights = torch.ones(77)
@@ -455,7 +455,7 @@ def test_confined_tokens_draw_where_they_are_heard(model):
     for columns in (slice(0, 16), slice(8, 16), slice(0, 8)):
         region = torch.zeros(16, 16)
         region[:, columns] = 1
-        confined = changes.confine_tokens(dict.fromkeys(range(maps.places_of(model, prompt, "near")[0], 77), region))
+        confined = changes.confine_tokens(dict.fromkeys(range(places_of(model, prompt, "near")[0], 77), region))
         options = {"steps": 10, "seed": 1, "guidance": 1.0, "progress": False, "attend": confined}
         picture = np.asarray(p2pz.sample(prompt, model=model, **options)[0])
         red, green, blue = picture[64:].transpose(2, 0, 1)

@@ -12,6 +12,7 @@ from p2pz.attention import Site, plain
 from p2pz.changes import where
 from p2pz.images import psnr
 from p2pz.recording import Recorded
+from p2pz.tokens import places_of, words_of
 from p2pz.weights import MINI_FOLDER, mini_world
 
 PATHS = [f"up_blocks.{i}.attentions.0.transformer_blocks.0.attn2" for i in range(2)]
@@ -46,19 +47,19 @@ def recorded(heads=0, steps=(0, 2, 3), branches=("edit", "reference"), prompt="a
 
 def test_words_and_their_places(model):
     prompt = "a photo of an orange cat, on the beach"
-    words = maps.words_of(model, prompt)
+    words = words_of(model, prompt)
     assert [word for word, _ in words] == ["a", "photo", "of", "an", "orange", "cat", ",", "on", "the", "beach"]
     assert [place for _, places in words for place in places] == list(range(1, 11))
-    assert maps.places_of(model, prompt, "orange cat") == [5, 6]
-    split = maps.words_of(model, "a pterodactyl cat")
+    assert places_of(model, prompt, "orange cat") == [5, 6]
+    split = words_of(model, "a pterodactyl cat")
     assert [word for word, _ in split] == ["a", "pterodactyl", "cat"] and len(split[1][1]) > 1
-    assert maps.places_of(model, "a pterodactyl cat", "pterodactyl") == list(split[1][1])
-    assert maps.places_of(model, "a cat near a cat", "a") == [1, 4]
-    assert maps.words_of(model, "") == []
-    long = maps.words_of(model, "cat " * 200)
+    assert places_of(model, "a pterodactyl cat", "pterodactyl") == list(split[1][1])
+    assert places_of(model, "a cat near a cat", "a") == [1, 4]
+    assert words_of(model, "") == []
+    long = words_of(model, "cat " * 200)
     assert len(long) == 75 and long[-1] == ("cat", (75,))
     with pytest.raises(ValueError, match='does not contain "dog"'):
-        maps.places_of(model, prompt, "dog")
+        places_of(model, prompt, "dog")
 
 
 # Means.
@@ -101,7 +102,7 @@ def test_a_word_looks_at_its_thing(model, scene):
     (run,) = recorder.runs
     shares = {}
     for word in ("cat", "photo"):
-        heat = maps.heat_map(run, maps.places_of(model, run.prompt, word))
+        heat = maps.heat_map(run, places_of(model, run.prompt, word))
         heat = F.interpolate(heat[None, None], mask.shape, mode="bilinear")[0, 0].numpy()
         shares[word] = heat[mask].mean() / heat[~mask].mean()
     assert shares["cat"] > 1.4 and shares["photo"] < 1
