@@ -244,7 +244,8 @@ def edit_latents(
             `p2pz.attention`; any but the default runs unrecorded. A step of the reference comes before the same step of
             the edits.
         recorder: keeps cross-attention maps, see `p2pz.recording`.
-        queries: for the reference `"path"`, what the inversion left, see `invert_latents`: no reference pass then.
+        queries: for the reference `"path"`, what the inversion left, see `invert_latents`: no reference pass then, and
+            no hook that would want to see it.
 
     Returns:
         Latents of the edits, `[K * B, 4, h, w]`, and of the reference, `[B, 4, h, w]`.
@@ -286,7 +287,7 @@ def edit_latents(
     guided_parts = edit_parts[-followed:]
     own_parts = [part._replace(ahead=0) for part in parts[1 + pairs :]]  # of a pass of the reference alone
     # A reference on the path has passes of its own, of the inversion's form: so its queries are those of the inversion
-    # to the last bit. It has none if there are these queries, or nobody wants to know.
+    # to the last bit. It has none if there are these queries, of which its maps can be made too, or nobody looks.
     passes = on_path and queries is None and bool(layers or recorder or hooks != Hooks())
     if on_path:
         parts = edit_parts
@@ -302,6 +303,15 @@ def edit_latents(
     def reference_queries(kept: QueriesAndKeys) -> list[Tensor]:
         """Those of the reference's rows, the last ones, layer by layer; its keys do not change."""
         return [queries[-len(reference_texts) :] for queries, _ in kept.values()] if layers else []
+
+    def maps_of_reference(given: Sequence[Tensor], keys_values: Tensor, index: Tensor) -> list[Tensor]:
+        """What a recorder is to keep, of the inversion's queries: no output is wanted."""
+        maps: list[Tensor] = []
+        watch = recorder.watch(lambda q, *_: q, own_parts, maps, None if index.is_cuda else int(index))
+        sites = [site for site in model.unet.sites(*noise.shape[2:]) if site.kind == "cross"]
+        for q, k, site in zip(given, model.unet.keys(keys_values[edit_rows:]).values(), sites, strict=True):
+            watch(q, k, k, site)
+        return maps
 
     def step_reference(latents: Tensor, prediction: Tensor, alphas: Tensor, scales: Tensor) -> Tensor:
         noise = model.to_noise(prediction, halves(latents, reference_pairs), alphas[0])
@@ -328,7 +338,10 @@ def edit_latents(
         (latents, reference, *before), (shifts, keys_values, alphas, scales) = state, constants[:4]
         path_table, weights = unpack(constants)
         now, alphas_now = row(shifts, index), row(alphas, index)
-        given, reference_maps = before[:layers] if queries is None else constants[len(constants) - layers :], []
+        given, reference_maps = before[:layers], []
+        if queries is not None and (guiding or recorder):
+            given = constants[len(constants) - len(queries) :]
+            reference_maps = maps_of_reference(given, keys_values, index) if recorder else []
         if passes:
             _, given, reference_maps = pass_of_reference(row(path_table, index), now, keys_values, index)
 
@@ -362,7 +375,7 @@ def edit_latents(
         prediction = model.predict(inputs, conditioning, told)
         noise = model.to_noise(prediction[:edit_rows], moved, alphas_now[0])
         latents = ddim_step(latents, guided(noise, scales[0], pairs), *alphas_now)
-        if passes and recorder:
+        if on_path and recorder:
             maps = recorder.weave(maps, reference_maps)
         if on_path:
             return [latents, reference, *maps]
@@ -376,7 +389,7 @@ def edit_latents(
     graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
     empty_maps, each = [], None
     if recorder:
-        seen = [*edit_parts, *own_parts] if passes else parts
+        seen = [*edit_parts, *own_parts] if on_path else parts
         empty_maps = recorder.begin(model.unet, seen, noise, schedule.timesteps, keys_values.shape[1])
 
         def each(i: int, state: Tensors) -> None:
@@ -397,7 +410,7 @@ def edit_latents(
         if count:
             state = graphs.run(
                 (*kind, guiding), partial(step, guiding), state, constants, count, "editing", hide(progress), each,
-                first_step, backwards if guiding else (),
+                first_step, backwards if guiding or recorder else (),
             )  # fmt: skip
     latents, reference, *_ = state
     return latents, reference
@@ -485,8 +498,7 @@ def edit(
     results: list[list[EditResult | None]] = [[None] * len(directions) for _ in items]
     if record:
         record.clear()
-    nobody_looks = hooks == Hooks() and record is None and negative_prompt is None  # at what the inversion has not seen
-    wants_queries = nobody_looks and guided_rows > 0 and numbers[0].reference == "path"
+    as_inverted = hooks == Hooks() and negative_prompt is None and numbers[0].reference == "path"
     for plan, batch in batches:
         model = plan.apply(model)
         fresh = [i for i in batch if i in pictures]
@@ -494,7 +506,8 @@ def edit(
         captions = [prompts[i] for i in batch]
         caption, weights = model.encode_text(captions), _map_weights(model, captions, token_weights)
         there_is_room = queries_fit(model, sizes[batch[0]], len(batch), numbers[0].steps)
-        queries = [] if wants_queries and there_is_room and len(fresh) == len(batch) else None  # None: computed again
+        wanted = as_inverted and guided_rows > 0 and len(fresh) == len(batch)
+        queries = [] if wanted and there_is_room else None  # None: computed again
         if fresh:
             own = caption[[batch.index(i) for i in fresh]]
             made = invert_pictures(

@@ -338,6 +338,28 @@ def test_looking_changes_nothing(model, pictures, inversion, options, monkeypatc
 
 
 @pytest.mark.parametrize(
+    "choice", [{}, {"steps": [2, 1], "tokens": [2, 0], "per_head": True}, {"branches": ["edit"]}], ids=str
+)
+@pytest.mark.parametrize("options", [{}, {"guidance": 3.0, "guided_steps": (0.5, 1.0)}], ids=str)
+def test_reference_maps_are_made_of_the_inversions_queries(model, pictures, choice, options, monkeypatch):
+    """Without passes of their own, and the same to the last bit as with passes, which a saved inversion needs."""
+    rows, predict = [], unet.UNet.predict
+    monkeypatch.setattr(unet.UNet, "predict", lambda self, x, *rest: rows.append(len(x)) or predict(self, x, *rest))
+    settings = {"model": model, "steps": 3, "prompt": "a cat", "progress": False}
+    inversion = p2pz.invert(pictures[0], reference="path", **settings)
+    recorders, counts = [p2pz.record(dtype=torch.float32, **choice) for _ in range(2)], []
+    for img, record in ((pictures[0], None), (pictures[0], recorders[0]), (inversion, recorders[1])):
+        rows.clear()
+        p2pz.edit(img, ["cat->dog", "cat->cat with glasses"], record=record, **settings, **options)
+        counts.append(sum(rows))
+    assert counts[0] == counts[1] == counts[2]  # 3 of the inversion, or 3 of the reference
+    for kept, computed in zip(*(recorder.runs for recorder in recorders), strict=True):
+        assert kept.steps == computed.steps and list(kept.maps) == list(computed.maps)
+        for name, maps in kept.maps.items():
+            assert all(torch.equal(seen, computed.maps[name][path]) for path, seen in maps.items())
+
+
+@pytest.mark.parametrize(
     ("guidance", "negative_prompt", "xa_guidance", "gradient"),
     [
         (1.0, None, 0.0, "both"),
