@@ -6,14 +6,17 @@
 
 Parts:
 
-- recording: reference and edit between latents, as `p2pz.edit` does them (on a GPU as CUDA graphs), keeping maps of
-  both. "All maps" are those of every layer, token and step, the mean of the heads, float16, in host memory.
+- recording: the edit between latents with the default preset, as `p2pz.edit` does it after its inversion (on a GPU as
+  CUDA graphs), keeping maps of edit and reference. "All maps" are those of every layer, token and step, the mean of the
+  heads, float16, in host memory.
+- recording, reference denoised: the same with the preset `diffusers`, whose reference has passes of its own.
 - guidance: the gradient of the map guidance for both halves, as a graph on a GPU: as p2pz takes it (on a GPU by the
   fused kernel), and by plain torch through full maps. Memory is what the pass takes at most beside weights and inputs,
   not as a graph, and what it needs of the reference.
 - forward: a forward pass of three rows, the reference and both halves of an edit, as a graph on a GPU: the arithmetic
   of recording or of a change, without the launches.
-- hooks: the same edit with a hook, which runs without graphs, beside the edit without graphs; fewer steps.
+- hooks: an edit with the default preset and a hook, which runs without graphs and has passes for the reference, beside
+  the edit without graphs; fewer steps.
 
 Times are medians (quartiles) of whole calls in turn, in milliseconds for a step or a pass; ratios are medians of those
 to the first row in the same turn.
@@ -54,8 +57,9 @@ from p2pz.attention import (
 from p2pz.editing import edit_latents, map_gradient
 from p2pz.engine import Graphs
 from p2pz.files import atomic_path
+from p2pz.inversion import invert_latents
 from p2pz.kernels import attend_with_probabilities, attention_probabilities
-from p2pz.presets import Settings
+from p2pz.presets import PRESETS, Settings
 from p2pz.recording import record
 from p2pz.unet import STABLE_DIFFUSION_1, Conditioning, UNet
 from p2pz.weights import MINI_FOLDER
@@ -96,16 +100,30 @@ class Setup:
         self.region = torch.linspace(0.5, 1, self.side, device=device).expand(self.side, self.side)
         self.factors = torch.linspace(0.5, 1, 77, device=device)
         self.facts: dict[str, dict[str, float | None]] = {}
+        self.inversions: dict[Settings, dict[str, Any]] = {}
 
-    def edit(self, steps: int, graphs: bool = True, **options: Any) -> Callable[[], Any]:
-        """Reference and edit with the paper's settings, as a call."""
+    def inverted(self, settings: Settings) -> dict[str, Any]:
+        """What an inversion leaves to an edit that takes it as the reference."""
+        if settings.reference == "path" and settings not in self.inversions:
+            queries: list[Tensor] = []
+            generator = torch.Generator().manual_seed(0)
+            path = invert_latents(self.model, self.noise, self.caption, settings, generator, False, queries=queries)
+            self.inversions[settings] = {"path": path, "queries": queries}
+        return self.inversions.get(settings, {})
+
+    def edit(self, steps: int, preset: str = "p2pz", graphs: bool = True, **options: Any) -> Callable[[], Any]:
+        """An edit and what it needs of the reference, as a call."""
         model = self.model if graphs else replace(self.model, graphs=Graphs(record=False))
-        settings = Settings(steps=steps)
+        settings = replace(PRESETS[preset], steps=steps)
+        options = self.inverted(settings) | options
+        if "attend" in options:
+            del options["queries"]  # a hook wants to see the reference's passes
+        noise = options["path"][-1] if "path" in options else self.noise
 
         def call() -> Any:
             if options.get("recorder"):
                 options["recorder"].clear()
-            return edit_latents(model, self.noise, self.caption, None, self.edited, settings, False, **options)
+            return edit_latents(model, noise, self.caption, None, self.edited, settings, False, **options)
 
         return call
 
@@ -165,6 +183,11 @@ def recording(setup: Setup) -> tuple[Calls, int]:
         "all maps, every head": record(per_head=True, max_gib=16),
     }
     return {name: setup.edit(setup.steps, recorder=recorder) for name, recorder in recorders.items()}, setup.steps
+
+
+def recording_denoised(setup: Setup) -> tuple[Calls, int]:
+    recorders = {"nothing": None, ALL_MAPS: record(max_gib=16)}
+    return {name: setup.edit(setup.steps, "diffusers", recorder=each) for name, each in recorders.items()}, setup.steps
 
 
 def materialised_gradient(
@@ -236,7 +259,13 @@ def hooked(setup: Setup) -> tuple[Calls, int]:
     return {name: setup.edit(steps, graphs=False, **given) for name, given in options.items()}, steps
 
 
-PARTS = {"recording": recording, "guidance": guidance, "forward": forward, "hooks": hooked}  # by importance
+PARTS = {  # by importance
+    "recording": recording,
+    "guidance": guidance,
+    "forward": forward,
+    "hooks": hooked,
+    "recording, reference denoised": recording_denoised,
+}
 
 
 # Measuring.
@@ -312,7 +341,7 @@ def markdown(found: dict[str, Any]) -> str:
         if "gradient_differs_by" in row:
             lines += [f"The two gradients of the guidance differ by {row['gradient_differs_by']:.2g} (relative)."]
     for part, rows in parts.items():
-        heads = ["", "ms a step" if part in ("recording", "hooks") else "ms a pass", "ratio"]
+        heads = ["", "ms a pass" if part in ("guidance", "forward") else "ms a step", "ratio"]
         extras = [key for key in ("peak_mib", "kept_mib") if any(row.get(key) for row in rows.values())]
         heads += [{"peak_mib": "MiB at most", "kept_mib": "MiB of the reference"}[key] for key in extras]
         lines += ["", f"## {part.capitalize()}", "", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
@@ -331,7 +360,7 @@ def facts(setup: Setup) -> dict[str, str]:
     sizes = [
         "bundled model" if device.type == "cpu" else "SD 1.5, random weights",
         f"{dtype}, latents {setup.side} x {setup.side}, one image",
-        f"{setup.steps} steps ({setup.hook_steps} with hooks), guidance {Settings().guidance:g}",
+        f"{setup.steps} steps ({setup.hook_steps} with hooks), guidance {PRESETS['p2pz'].guidance:g}",
     ]
     return {
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else cpu,

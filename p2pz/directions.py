@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p2pz.engine import explain_out_of_memory
-from p2pz.files import load_tensors, save_tensors
+from p2pz.files import FLOATS, check_tensor, load_tensors, making_sense, save_tensors
 from p2pz.model import Model, load
 from p2pz.sentences import (
     LanguageModel,
@@ -148,30 +148,39 @@ class Direction:
             path: the file.
 
         Raises:
-            ValueError: it is missing or is no direction.
+            ValueError: it is missing, is no direction or is damaged.
         """
         facts = ("source", "target", "sentences", "text_fingerprint")
         tensors, card = load_tensors(path, "direction", ("states",), facts)
-        report = json.loads(card.get("report", "null"))
+        with making_sense(path, "direction", "make it again"):
+            check_tensor("states", tensors["states"], ("n", "d"))
+            source_count, target_count = map(int, card["sentences"].split())
+            terms = tuple((float(factor), str(words)) for factor, words in json.loads(card.get("terms", "[]")))
+            report = json.loads(card.get("report", "null"))
+            report = DirectionReport(**report) if report else None
+            str(report)  # fails if its numbers are none
         return cls(
             tensors["states"],
             card["source"],
             card["target"],
-            tuple(int(count) for count in card["sentences"].split()),
+            (source_count, target_count),
             card["text_fingerprint"],
             card.get("sentences_hash", ""),
             card.get("version", ""),
-            tuple((factor, words) for factor, words in json.loads(card.get("terms", "[]"))),
-            DirectionReport(**report) if report else None,
+            terms,
+            report,
         )
 
     def check_fits(self, model: Model) -> None:
-        """Raise ValueError if the direction was made with another text encoder than the model's."""
+        """Raise ValueError if the direction was made with another text encoder than the model's, or is damaged."""
         if self.text_fingerprint != model.text_fingerprint:
             raise ValueError(
                 f"this direction was made with another text encoder ({self.text_fingerprint}) than the model's "
                 f"({model.text_fingerprint}): make it again with direction(..., model=model)"
             )
+        check_tensor("the direction's states", self.states, model.text_shape)
+        if not self.states.isfinite().all():
+            raise ValueError("the direction's states are not finite: make it again")
 
     def __mul__(self, factor: float) -> Direction:
         if not isinstance(factor, Real):
@@ -197,6 +206,7 @@ class Direction:
                 f"directions of different text encoders ({self.text_fingerprint} and {other.text_fingerprint}) "
                 "cannot be added"
             )
+        check_tensor("states to be added", other.states, self.states.shape)
         return self._derived(
             self.states + other.states,
             self.source or other.source,
@@ -343,12 +353,23 @@ def _read_embeddings(path: Path, model: Model) -> Tensor:
         states = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"embeddings {path} do not exist") from None
+    except OSError as error:
+        raise ValueError(f"embeddings {path} cannot be read: {error.strerror.lower()}") from None
     except Exception as error:  # what is no file of PyTorch raises almost anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"embeddings {path} cannot be read: {reason}") from None
+        more = "GLOBAL" in str(error)  # the pickle names a class or a function
+        reason = "hold more than tensors and could run a program" if more else "are damaged or no file of PyTorch"
+        raise ValueError(
+            f"embeddings {path} {reason}, so they cannot be read: save the states alone with torch.save(states, path)"
+        ) from None
     length, width = model.text_shape
-    if not isinstance(states, Tensor) or states.ndim != 3 or not states.is_floating_point() or len(states) == 0:
-        found = f"a tensor {list(states.shape)}" if isinstance(states, Tensor) else f"a {type(states).__name__}"
+    found = None
+    if not isinstance(states, Tensor):
+        found = f"a {type(states).__name__}"
+    elif states.is_nested or states.layout != torch.strided or states.device.type != "cpu":
+        found = "one that is sparse, nested or without its numbers"
+    elif states.ndim != 3 or states.dtype not in FLOATS or len(states) == 0:
+        found = f"a tensor {list(states.shape)} of {str(states.dtype).removeprefix('torch.')}"
+    if found:
         raise ValueError(f"embeddings {path} must be a tensor [sentences, {length}, {width}], but they are {found}")
     if states.shape[1:] != (length, width):
         raise ValueError(
@@ -357,7 +378,7 @@ def _read_embeddings(path: Path, model: Model) -> Tensor:
         )
     if not states.isfinite().all():
         raise ValueError(f"embeddings {path} hold numbers that are not finite")
-    return states.float().to(model.device)
+    return states.detach().float().to(model.device)
 
 
 def _hash(sentences: Sequence[Sequence[str]]) -> str:

@@ -3,11 +3,16 @@
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+FLOATS = torch.float32, torch.float16, torch.bfloat16, torch.float64
+"""What numbers may be saved as."""
 
 
 @contextlib.contextmanager
@@ -92,7 +97,41 @@ def load_tensors(
         raise ValueError(f"{kind} {path} cannot be read: {error}") from None
     if card.get("format") != f"p2pz {kind}":
         raise ValueError(f"{path} is a safetensors file, but no {kind} that p2pz saved")
-    missing = [name for name in (*names, *facts) if name not in tensors and name not in card]
+    missing = [name for name in names if name not in tensors] + [fact for fact in facts if fact not in card]
     if missing:
         raise ValueError(f"{kind} {path} lacks {', '.join(missing)}")
     return tensors, card
+
+
+@contextlib.contextmanager
+def making_sense(path: str | os.PathLike, kind: str, remedy: str) -> Iterator[None]:
+    """Within, whatever goes wrong with the contents of a file becomes a ValueError of one line.
+
+    Args:
+        path: the file.
+        kind: what it should hold.
+        remedy: what to do about it.
+    """
+    try:
+        yield
+    except Exception as error:  # contents that are not what they should be raise almost anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{kind} {path} is damaged, {reason}: {remedy}") from None
+
+
+def check_tensor(name: str, tensor: Tensor, shape: Sequence[int | str], dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+    """Raise ValueError if a tensor is of another shape or dtype.
+
+    Args:
+        name: what it is called.
+        tensor: it.
+        shape: a letter stands for any size but 0.
+        dtypes: those that will do.
+    """
+    fits = len(shape) == tensor.ndim and all(
+        size > 0 if isinstance(wanted, str) else size == wanted for wanted, size in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or tensor.dtype not in dtypes:
+        wanted, found = (str(dtype).removeprefix("torch.") for dtype in (dtypes[0], tensor.dtype))
+        sizes = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must be {wanted} [{sizes}], not {found} {list(tensor.shape)}")

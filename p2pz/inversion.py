@@ -27,7 +27,7 @@ from p2pz.attention import (
 from p2pz.captions import captions_for
 from p2pz.checks import check_finite
 from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
-from p2pz.files import load_tensors, save_tensors
+from p2pz.files import check_tensor, load_tensors, making_sense, save_tensors
 from p2pz.images import ImageLike, as_list, psnr, read_image, to_pictures, to_tensor, working_size
 from p2pz.kernels import regularise_noise
 from p2pz.kernels.regulariser import pyramid_heights
@@ -89,19 +89,35 @@ class Inversion:
             path: the file.
 
         Raises:
-            ValueError: it is missing or is no inversion.
+            ValueError: it is missing, is no inversion or is damaged.
         """
         names, facts = ("latents", "image_latents"), ("prompt", "steps", "text_fingerprint")
         tensors, card = load_tensors(path, "inversion", names, facts)
-        latents, image_latents = (tensors[name] for name in names)
-        facts = card["prompt"], int(card["steps"]), card["text_fingerprint"]
-        picture = Image.fromarray(tensors["picture"].numpy()) if "picture" in tensors else None
-        return cls(latents, image_latents, *facts, tensors.get("path"), picture)
+        with making_sense(path, "inversion", "invert the image again"):
+            latents, image_latents, way, pixels = (tensors.get(name) for name in (*names, "path", "picture"))
+            steps = int(card["steps"])
+            check_tensor("latents", latents, (4, "h", "w"))
+            check_tensor("image_latents", image_latents, latents.shape)
+            if (way is None) != (pixels is None):
+                raise ValueError("it has only one of path and picture")
+            if way is not None:
+                check_tensor("path", way, (steps + 1, *latents.shape))
+                check_tensor("picture", pixels, ("H", "W", 3), [torch.uint8])
+            if not all(tensor.isfinite().all() for tensor in (latents, image_latents, way) if tensor is not None):
+                raise ValueError("it holds numbers that are not finite")
+        picture = None if pixels is None else Image.fromarray(pixels.numpy())
+        return cls(latents, image_latents, card["prompt"], steps, card["text_fingerprint"], way, picture)
 
     def check_fits(self, model: Model) -> None:
-        """Raise ValueError if the inversion was made with another model."""
+        """Raise ValueError if the inversion was made with another model, or its picture is of another size."""
         if self.text_fingerprint != model.text_fingerprint:
             raise ValueError("this inversion was made with another model: invert the image again with this one")
+        height, width = (side * model.vae.config.downsampling for side in self.latents.shape[1:])
+        if self.picture is not None and self.picture.size != (width, height):
+            raise ValueError(
+                f"this inversion's picture has {self.picture.width} x {self.picture.height} pixels, but its latents "
+                f"are those of {width} x {height}: invert the image again"
+            )
 
 
 def draw_offsets(generator: torch.Generator, settings: Settings, channels: int, height: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from p2pz.attention import BRANCHES, HALVES, Attend, Hooks, Part, Site, hooks_by_parts, plain
-from p2pz.files import load_tensors, save_tensors
+from p2pz.files import check_tensor, load_tensors, making_sense, save_tensors
 from p2pz.kernels import attention_probabilities, attention_with_maps
 from p2pz.model import Model
 from p2pz.unet import UNet
@@ -73,18 +73,24 @@ class Recorded:
             path: the file.
 
         Raises:
-            ValueError: it is missing or holds no maps.
+            ValueError: it is missing, holds no maps or is damaged.
         """
         facts = ("steps", "timesteps", "tokens", "prompt", "sites")
         tensors, card = load_tensors(path, "maps", (), facts)
-        *numbers, prompt, sites = (json.loads(card[name]) for name in facts)
-        sites = {site["path"]: Site(**site) for site in sites}
         maps: dict[tuple[str, str], dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            branch, half, layer = name.split(" ")
-            maps.setdefault((branch, half), {})[layer] = tensor
-        maps = {key: {layer: own[layer] for layer in sites} for key, own in maps.items()}  # in the order of the layers
-        return cls(maps, sites, *map(tuple, numbers), prompt)
+        with making_sense(path, "file of maps", "record them again"):
+            *numbers, prompt, sites = (json.loads(card[name]) for name in facts)
+            steps, timesteps, tokens = (tuple(map(int, each)) for each in numbers)
+            sites = {site["path"]: Site(**site) for site in sites}
+            for name, tensor in tensors.items():
+                branch, half, layer = name.split(" ")
+                site = sites[layer]
+                heads = [site.heads] if tensor.ndim == 4 else []
+                check_tensor(name, tensor, (len(steps), *heads, site.height * site.width, len(tokens)))
+                maps.setdefault((branch, half), {})[layer] = tensor
+            # In the order of the layers.
+            maps = {key: {layer: own[layer] for layer in sites} for key, own in maps.items()}
+        return cls(maps, sites, steps, timesteps, tokens, str(prompt))
 
 
 @dataclass

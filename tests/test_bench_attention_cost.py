@@ -28,7 +28,7 @@ def test_all_parts_are_measured(bench, tmp_path):
     found = json.loads((tmp_path / "attention_cost_cpu.json").read_text())
     assert list(found["parts"]) == list(bench.PARTS) and f"torch {torch.__version__}" in found["versions"]
     assert {part: len(rows) for part, rows in found["parts"].items()} == {
-        "recording": 7, "guidance": 3, "forward": 14, "hooks": 12,
+        "recording": 7, "guidance": 3, "forward": 14, "hooks": 12, "recording, reference denoised": 2,
     }  # fmt: skip
     for rows in found["parts"].values():
         first, *others = rows.values()
