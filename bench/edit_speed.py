@@ -1013,7 +1013,7 @@ def markdown(results: dict[str, Any]) -> str:
             for name in ("diffusers", "compiled"):
                 theirs = values[name].get(label) if ours and row != "fraction_of_limit" else None
                 ratio = None if theirs is None else ours / theirs if row == "images_per_second" else theirs / ours
-                star = "\\*" if ratio and not same_run(results, row, name) else ""
+                star = "\\*" if ratio and not same_run(results, label, name) else ""
                 rows[-1].append(number(ratio) + star)
     limit, agreement = results["limit"], results["agreement"]
     lines = ["# Whole edits", "", *(f"{key}: {json.dumps(results[key])}" for key in FACTS), ""]
@@ -1039,12 +1039,14 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def same_run(results: dict[str, Any], row: str, name: str) -> bool:
-    """Whether a contender's row was timed in the run in which p2pz's was."""
-    parts = {"images_per_second": "total"} | dict.fromkeys(("peak_gib", "load_s", "load_host_gib"), "start_up")
-    part = parts.get(row)
-    part = part or next(part for part in PARTS if PARTS[part].row == row)
-    runs = [results[who]["runs"].get(part, {}).get("date") for who in ("p2pz", name)]
+def same_run(results: dict[str, Any], label: str, name: str) -> bool:
+    """Whether what a label says of a contender was timed in the run in which p2pz's was."""
+    row, *size = label.split()
+    parts = dict.fromkeys(("peak_gib", "load_s", "load_host_gib"), "start_up")
+    part = ours = parts.get(row) or next(part for part in PARTS if PARTS[part].row == row)
+    if row == "images_per_second":  # the others edit one after another
+        part, ours = "total", "total" if size == ["1"] else "batches"
+    runs = [results[who]["runs"].get(part, {}).get("date") for who, part in (("p2pz", ours), (name, part))]
     return runs[0] == runs[1]
 
 

@@ -18,8 +18,8 @@ from p2pz.clip import load_mini_clip
 from p2pz.engine import explain_out_of_memory
 from p2pz.images import ImageLike, as_list, read_image
 from p2pz.model import Model, find_device, load
-from p2pz.text import quiet_transformers
-from p2pz.weights import mini_world
+from p2pz.text import load_pretrained, quiet_transformers
+from p2pz.weights import mini_world, reason
 
 if TYPE_CHECKING:  # importing transformers takes seconds: only when a captioner is loaded
     from transformers import BlipForConditionalGeneration, BlipProcessor
@@ -63,7 +63,7 @@ def load_captioner(source: str | os.PathLike, device: str | torch.device | None 
     Raises:
         ValueError: it cannot be loaded or is no BLIP captioner, or there is no such device.
     """
-    from transformers import AutoConfig, BlipForConditionalGeneration, BlipProcessor
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor
 
     device = find_device(device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -74,19 +74,14 @@ def load_captioner(source: str | os.PathLike, device: str | torch.device | None 
         raise ValueError(f'captioner {name} does not exist: give a folder or a name on the hub, such as "owner/model"')
     try:
         with quiet_transformers():
-            kind = AutoConfig.from_pretrained(folder, local_files_only=local).model_type
+            kind = BlipConfig.get_config_dict(folder, local_files_only=local)[0].get("model_type")
             if kind != "blip":
                 raise ValueError(f"it is a {kind} model; a BLIP captioner is needed")
-            processor = BlipProcessor.from_pretrained(folder, local_files_only=local)
-            model, info = BlipForConditionalGeneration.from_pretrained(
-                folder, dtype=dtype, local_files_only=local, output_loading_info=True
-            )
-            if info["missing_keys"]:
-                raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:5])}")
+            processor = BlipProcessor.from_pretrained(folder, local_files_only=local, trust_remote_code=False)
+            model = load_pretrained(BlipForConditionalGeneration, folder, local_files_only=local, dtype=dtype)
     except Exception as error:  # transformers and the hub raise a dozen kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"captioner {name} cannot be loaded: {reason}") from None
-    return Captioner(name, processor, model.to(device).eval().requires_grad_(False))
+        raise ValueError(f"captioner {name} cannot be loaded: {reason(error)}") from None
+    return Captioner(name, processor, model.to(device))
 
 
 @explain_out_of_memory

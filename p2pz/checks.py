@@ -19,13 +19,18 @@ SAME = 50.0
 """In dB. Two pictures that agree to it differ by half a grey level: by rounding."""
 
 
-def edit_warnings(image: Image.Image, unchanged: Image.Image, reconstruction_psnr: float | None) -> list[str]:
+def edit_warnings(
+    image: Image.Image, unchanged: Image.Image, reconstruction_psnr: float | None, reference: str = "denoised"
+) -> list[str]:
     """What is wrong with an edit that ended without an error.
 
     Args:
         image: the edited picture.
-        unchanged: what a direction that does nothing leaves: the reconstruction, or with blending the image itself.
+        unchanged: what a direction that does nothing leaves: the reconstruction, or with blending the image itself. The
+            reference on the path without blending leaves nothing of the kind, so there only a direction that is
+            nothing is found out.
         reconstruction_psnr: of an `EditResult`.
+        reference: of its settings; it says what made the reconstruction.
 
     Returns:
         A line for each thing; empty if all is well.
@@ -37,9 +42,13 @@ def edit_warnings(image: Image.Image, unchanged: Image.Image, reconstruction_psn
             "that names what is to change"
         )
     if reconstruction_psnr is not None and reconstruction_psnr < LOWEST_RECONSTRUCTION:
+        remedies = {
+            "denoised": ("inversion", "a prompt that fits the image, or more steps"),
+            "path": ("autoencoder", "a larger size, or an image of the kind that the model was trained on"),
+        }
+        what, remedy = remedies[reference]
         found.append(
-            f"the inversion lost the image, whose reconstruction is at {reconstruction_psnr:.1f} dB only: give a "
-            "prompt that fits the image, or more steps"
+            f"the {what} lost the image, whose reconstruction is at {reconstruction_psnr:.1f} dB only: give {remedy}"
         )
     return found
 
@@ -103,11 +112,10 @@ def check_finite(results: Tensor, model: Model, latents: Tensor, timestep: Tenso
         return
     layer = first_layer_with_nan(model, latents, timestep, context)
     where = f"first in {layer}, at the first step" if layer else "after the first step"
-    dtype = str(model.dtype).removeprefix("torch.")
-    raise ValueError(
-        f"the latents became infinite or NaN, {where}: with {dtype} weights numbers may overflow, load with dtype="
-        "torch.bfloat16 or torch.float32 (--dtype); or a strength is too large"
-    )
+    remedy = "a strength is too large"
+    if model.dtype == torch.float16:
+        remedy = f"float16 may overflow, load with dtype=torch.bfloat16 or torch.float32 (--dtype); or {remedy}"
+    raise ValueError(f"the latents became infinite or NaN, {where}: {remedy}")
 
 
 def _finite(values: Any) -> bool:

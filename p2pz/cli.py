@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -124,8 +125,8 @@ def edit_command(args: argparse.Namespace) -> int:
         records = jobs.merge_records(folder) if folder else {}
         for task in todo if ranks.launched else ():
             if task not in share:
-                failed += bool(records[str(task.output)]["error"])
-                _report(args, records[str(task.output)])
+                failed += bool(records[task.output.name]["error"])
+                _report(args, records[task.output.name])
     if failed:
         _complain("error", f"{failed} of {len(images)} images failed")
     return 1 if failed else 0
@@ -246,11 +247,11 @@ def maps_command(args: argparse.Namespace) -> int:
     _check_settings(args)
     names = ["words", "steps", "resolutions", "self_attention", *(["edit", "comparison"] if edits else [])]
     (table, *outputs), _ = _outputs(["maps.safetensors", *(f"{name}.png" for name in names)], args.out, True)
-    picture = read_image(args.image)
+    original = read_image(args.image)
     model = _load(args)
     start = time.perf_counter()
-    (picture,) = prepare_pictures([picture], model)
-    prompt = args.prompt or caption(picture, model=model)
+    (picture,) = prepare_pictures([original], model)
+    prompt = args.prompt or caption(original, model=model)
     words = words_of(model, prompt)
     if not words:
         raise ValueError("the caption has no words: give a --prompt that says what the image shows")
@@ -259,7 +260,7 @@ def maps_command(args: argparse.Namespace) -> int:
     recorder = record(tokens=[place for _, places in words for place in places])
     looks = {"attend": maps.keep_states(states, "up_blocks", steps={0, last // 2, last}), "record": recorder}
     options = {"model": model, "preset": args.preset, "steps": args.steps, "progress": _progress(args)}
-    inversion = invert(picture, prompt=prompt, seed=args.seed, **options, **({} if edits else looks))
+    inversion = invert(original, prompt=prompt, seed=args.seed, **options, **({} if edits else looks))
     edited = None
     if edits:
         edited = edit(inversion, direction(args.source, args.target, model=model), **options, **looks).image
@@ -355,7 +356,7 @@ def _tensor_output(out: str) -> Path:
 
 def _skip(output: Path, args: argparse.Namespace) -> bool:
     """Whether a picture of a folder is there already and stays; says so."""
-    if args.overwrite or not output.exists():
+    if args.overwrite or not os.path.exists(output):  # False also for a name that is too long
         return False
     _say(args, f"skipped {output}: it exists (--overwrite makes it again)")
     return True
@@ -397,7 +398,7 @@ def _file_words(text: str) -> str:
 def _say(args: argparse.Namespace, line: str) -> None:
     if not args.quiet:
         with tqdm.external_write_mode():
-            print(line, flush=True)
+            print(line.encode(errors="backslashreplace").decode(), flush=True)  # names of files need not be text
 
 
 def _say_written(args: argparse.Namespace, output: Path, *facts: str, start: float) -> None:
@@ -473,6 +474,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="p2pz COMMAND ... (p2pz COMMAND --help lists its options)",
         description="Change one thing in an image and keep the rest (pix2pix-zero).",
         epilog=_EPILOGS["edit"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"p2pz {__version__}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from p2pz.engine import explain_out_of_memory
 from p2pz.files import FLOATS, check_tensor, load_tensors, making_sense, save_tensors
-from p2pz.model import Model, load
+from p2pz.model import Model, loaded
 from p2pz.sentences import (
     LanguageModel,
     Sentences,
@@ -178,9 +178,12 @@ class Direction:
                 f"this direction was made with another text encoder ({self.text_fingerprint}) than the model's "
                 f"({model.text_fingerprint}): make it again with direction(..., model=model)"
             )
-        check_tensor("the direction's states", self.states, model.text_shape)
-        if not self.states.isfinite().all():
-            raise ValueError("the direction's states are not finite: make it again")
+        rows, width = model.text_shape
+        if self.states.shape != (rows, width) or self.states.dtype not in FLOATS or not self.states.isfinite().all():
+            raise ValueError(
+                f"this direction's states are {self.states.dtype} {list(self.states.shape)}, but must be finite "
+                f"floating-point numbers [{rows}, {width}]: make it again with direction(..., model=model)"
+            )
 
     def __mul__(self, factor: float) -> Direction:
         if not isinstance(factor, Real):
@@ -305,7 +308,7 @@ def direction(
             raise ValueError(f'a direction from "{source}" to itself changes nothing')
     elif sentences is not None:
         sentences = [read_sentences(side, name) for side, name in zip(sentences, ("source", "target"), strict=True)]
-    model = model or load()
+    model = loaded(model)
     swap = [source_prompt(source), source_prompt(target)] if source and target else []
     if embeddings is not None:
         states = [_read_embeddings(Path(path), model) for path in embeddings]

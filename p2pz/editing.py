@@ -35,7 +35,7 @@ from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
 from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
 from p2pz.memory import batches_for, queries_fit
-from p2pz.model import Model, load
+from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
 from p2pz.recording import Recorder, hooks_in_step
 from p2pz.schedule import ddim_step, denoising_schedule
@@ -50,12 +50,13 @@ class EditResult:
 
     Attributes:
         image: the edited picture.
-        reconstruction: what the same noise gives without the edit; near the original if the inversion is good.
+        reconstruction: what the reference ended with, near the original if all is well: with the reference "path" what
+            the autoencoder makes of the image, with "denoised" what the noise gives with the caption.
         inversion: the image as noise; pass it to `edit` again to save the inversion.
         prompt: the caption that was used.
         reconstruction_psnr: of the reconstruction against the image as the model works on it, in dB; None if the edit
             started from an inversion.
-        warnings: what is doubtful about it, a line each: nothing changed, or the inversion lost the image.
+        warnings: what is doubtful about it, a line each: nothing changed, or the image was lost.
         settings: the numbers of this edit; None if another method than `edit` made it.
     """
 
@@ -145,6 +146,12 @@ def map_gradient(
 def followed_rows(settings: Settings) -> int:
     """How many rows of an edit, one or both halves of a classifier-free pair, map guidance takes the gradient of."""
     return 1 if settings.gradient == "conditional" or settings.guidance == 1 else 2
+
+
+def guided_range(settings: Settings) -> tuple[int, int]:
+    """Numbers of the first step with map guidance, and of the first one without it again; equal if there is none."""
+    begin, end = (round(share * settings.steps) for share in settings.guided_steps)
+    return begin, end if settings.xa_guidance else begin
 
 
 def _spread(states: Tensor, images: int, copies: int, halves: int) -> Tensor:
@@ -269,9 +276,7 @@ def edit_latents(
     shifts = torch.cat([shifts, shifts[-1:]])
     alphas = torch.cat([schedule.alphas, schedule.alphas[-1:, 1:].expand(1, 2)])
     scales = torch.tensor([settings.guidance, settings.xa_guidance])
-    begin, end = (round(share * steps) for share in settings.guided_steps)
-    if settings.xa_guidance == 0:
-        end = begin
+    begin, end = guided_range(settings)
     layers = len(model.unet.cross_attention_paths) if begin < end else 0  # whose queries the reference leaves
     followed = followed_rows(settings)
 
@@ -280,7 +285,9 @@ def edit_latents(
     if on_path:
         tables += [path[:-1].flip(0)]  # what the inversion's pass for each timestep was given
     if token_weights is not None:
-        tables += [token_weights.repeat(followed * copies, 1)]
+        weights = token_weights.repeat(copies, 1)
+        of_negative = weights if negative is None else torch.ones_like(weights)  # the places are the caption's
+        tables += [torch.cat([of_negative, weights])[-followed * edits :]]
     constants = [tensor.to(model.device) for tensor in tables]
     parts = parts_of_edit(images, edits, pairs, reference_pairs)
     edit_parts = parts[: 1 + pairs]
@@ -289,6 +296,7 @@ def edit_latents(
     # A reference on the path has passes of its own, of the inversion's form: so its queries are those of the inversion
     # to the last bit. It has none if there are these queries, of which its maps can be made too, or nobody looks.
     passes = on_path and queries is None and bool(layers or recorder or hooks != Hooks())
+    kept_layers = len(queries or ())  # a recorded step lives longer than the queries, so it must not hold them
     if on_path:
         parts = edit_parts
 
@@ -307,7 +315,7 @@ def edit_latents(
     def maps_of_reference(given: Sequence[Tensor], keys_values: Tensor, index: Tensor) -> list[Tensor]:
         """What a recorder is to keep, of the inversion's queries: no output is wanted."""
         maps: list[Tensor] = []
-        watch = recorder.watch(lambda q, *_: q, own_parts, maps, None if index.is_cuda else int(index))
+        watch = watcher.watch(lambda q, *_: q, own_parts, maps, None if index.is_cuda else int(index))
         sites = [site for site in model.unet.sites(*noise.shape[2:]) if site.kind == "cross"]
         for q, k, site in zip(given, model.unet.keys(keys_values[edit_rows:]).values(), sites, strict=True):
             watch(q, k, k, site)
@@ -323,7 +331,7 @@ def edit_latents(
         """Prediction, queries layer by layer, and what a recorder is to keep."""
         kept: QueriesAndKeys = {}
         maps: list[Tensor] = []
-        told = hooks_in_step(hooks, recorder, own_parts, index, schedule.timesteps, maps)
+        told = hooks_in_step(hooks, watcher, own_parts, index, schedule.timesteps, maps)
         told = told._replace(attend=keep_queries_and_keys(kept, told.attend))
         conditioning = Conditioning(shifts, keys_values).of(slice(edit_rows, None))
         return model.predict(halves(latents, reference_pairs), conditioning, told), reference_queries(kept), maps
@@ -339,10 +347,10 @@ def edit_latents(
         path_table, weights = unpack(constants)
         now, alphas_now = row(shifts, index), row(alphas, index)
         given, reference_maps = before[:layers], []
-        if queries is not None and (guiding or recorder):
-            given = constants[len(constants) - len(queries) :]
-            reference_maps = maps_of_reference(given, keys_values, index) if recorder else []
-        if passes:
+        if kept_layers and (guiding or watcher):
+            given = constants[len(constants) - kept_layers :]
+            reference_maps = maps_of_reference(given, keys_values, index) if watcher else []
+        if passes and (guiding or watcher or hooks != Hooks()):
             _, given, reference_maps = pass_of_reference(row(path_table, index), now, keys_values, index)
 
         moved = halves(latents)
@@ -365,7 +373,7 @@ def edit_latents(
 
         kept: QueriesAndKeys = {}
         maps: list[Tensor] = []
-        told = hooks_in_step(hooks, recorder, parts, index, schedule.timesteps, maps)
+        told = hooks_in_step(hooks, watcher, parts, index, schedule.timesteps, maps)
         inputs, conditioning = moved, Conditioning(now, keys_values).of(slice(edit_rows))
         if not on_path:
             told = told._replace(attend=keep_queries_and_keys(kept, told.attend))
@@ -375,16 +383,16 @@ def edit_latents(
         prediction = model.predict(inputs, conditioning, told)
         noise = model.to_noise(prediction[:edit_rows], moved, alphas_now[0])
         latents = ddim_step(latents, guided(noise, scales[0], pairs), *alphas_now)
-        if on_path and recorder:
-            maps = recorder.weave(maps, reference_maps)
+        if on_path and watcher:
+            maps = watcher.weave(maps, reference_maps)
         if on_path:
             return [latents, reference, *maps]
         reference = step_reference(reference, prediction[edit_rows:], row(alphas, index + 1), scales)
         return [latents, reference, *reference_queries(kept), *maps]
 
     kind = (
-        "edit", id(model.unet), pairs, reference_pairs, layers, settings.gradient, on_path, passes,
-        token_weights is not None, settings.resolution_weights, model.checkpoint, recorder and recorder.key,
+        "edit", id(model.unet), model.prediction_type, model.checkpoint, pairs, reference_pairs, layers, on_path,
+        passes, settings.gradient, settings.resolution_weights, token_weights is not None, recorder and recorder.key,
     )  # fmt: skip
     graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
     empty_maps, each = [], None
@@ -395,6 +403,7 @@ def edit_latents(
         def each(i: int, state: Tensors) -> None:
             recorder.take(i, seen, state[len(state) - len(empty_maps) :])
 
+    watcher = recorder and recorder.watcher()  # likewise, it must not hold the maps
     kept: Tensors = []
     if on_path:
         reference = path[0].to(model.device)
@@ -474,7 +483,7 @@ def edit(
 
     Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023).
     """
-    model = model or load()
+    model = loaded(model)
     items, single = as_list(img)
     directions, single_direction = as_list(direction, "directions")
     directions = [as_direction(words, model) for words in directions]
@@ -487,10 +496,17 @@ def edit(
         warnings.warn("a negative prompt does nothing at guidance 1: give a larger guidance too", stacklevel=3)
 
     rows = max(2 + (each.guidance != 1) * (1 + (negative_prompt is not None)) for each in numbers)
-    guided_rows = max((each.xa_guidance != 0) * followed_rows(each) for each in numbers)
+    guided_rows = max((begin < end) * followed_rows(each) for each in numbers for begin, end in [guided_range(each)])
+    if guided_rows and torch.is_inference_mode_enabled():
+        raise ValueError("map guidance needs gradients: call edit outside of torch.inference_mode()")
 
     places = [i for i, item in enumerate(items) if not isinstance(item, Inversion)]
+    if size is not None and not places:
+        raise ValueError("size is the size at which images are inverted, so an inversion has its own: leave it out")
     pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model, size), strict=True))
+    for item in items:
+        if isinstance(item, Inversion):
+            check_inversion(item, model, numbers[0])
     sizes = [pictures[i].size[::-1] if i in pictures else image_size(item, model) for i, item in enumerate(items)]
     batches = batches_for(model, sizes, batch_size, rows, guided_rows)
     prompts = prompts_for(items, pictures, prompt, source_prompt(directions[0].source), model)
@@ -529,8 +545,9 @@ def edit(
             for k, (j, i) in enumerate(made_of):
                 reconstruction = reconstructions[k % len(batch)]
                 quality = psnr(reconstruction, pictures[i]) if i in pictures else None
+                acts = numbers[j].strength > 0 and bool(directions[j].states.any())
                 unchanged = inversions[i].picture if numbers[j].blend else reconstruction
-                doubts = edit_warnings(edited[k], unchanged, quality)
+                doubts = edit_warnings(edited[k], unchanged if acts else edited[k], quality, numbers[j].reference)
                 facts = inversions[i], prompts[i], quality, tuple(doubts), numbers[j]
                 results[i][j] = EditResult(edited[k], reconstruction, *facts)
     chosen = [each[0] if single_direction else each for each in results]
@@ -567,6 +584,21 @@ def _map_weights(model: Model, captions: Sequence[str], factors: Mapping[str, fl
     return weights
 
 
+def check_inversion(inversion: Inversion, model: Model, settings: Settings) -> None:
+    """Raise ValueError if an inversion is not the model's, or an edit cannot follow its path."""
+    inversion.check_fits(model)
+    if settings.reference == "path" and inversion.path is None:
+        raise ValueError(
+            "this edit follows the inversion's path, which was not kept, as by another preset: edit with that "
+            'preset (--preset) or with reference="denoised", blend=0, or invert again'
+        )
+    if settings.reference == "path" and inversion.steps != settings.steps:
+        raise ValueError(
+            f"this inversion has {inversion.steps} steps, and an edit that follows it takes as many, not "
+            f"{settings.steps}: leave steps out (--steps), or invert again"
+        )
+
+
 def _edit_batch(
     model: Model,
     inversions: Sequence[Inversion],
@@ -581,13 +613,6 @@ def _edit_batch(
     queries: Sequence[Tensor] | None,
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """Edited pictures, those of the first direction first, and reconstructions of a batch."""
-    for inversion in inversions:
-        inversion.check_fits(model)
-        if settings[0].reference == "path" and (inversion.path is None or len(inversion.path) != settings[0].steps + 1):
-            raise ValueError(
-                'this edit follows the inversion\'s path, which was not kept: invert again with reference="path" and '
-                f'steps={settings[0].steps}, or edit with reference="denoised", blend=0'
-            )
     noise = torch.stack([inversion.latents for inversion in inversions]).to(model.device)
     negative = None if negative_prompt is None else model.encode_negative([negative_prompt]).expand_as(caption)
     deltas = [

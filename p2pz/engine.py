@@ -138,9 +138,10 @@ class Graphs:
         """`function(*arguments)`, as a graph if the arguments are on a GPU."""
         if not self._records(arguments):
             return function(*arguments)
-        graph = self.find(kind, function, arguments)
-        graph.load(arguments)
-        return [result.clone() for result in graph.replay()]
+        with torch.cuda.device(arguments[0].device):
+            graph = self.find(kind, function, arguments)
+            graph.load(arguments)
+            return [result.clone() for result in graph.replay()]
 
     def run(
         self,
@@ -190,16 +191,17 @@ class Graphs:
             index += 1
             return places
 
-        arguments = [index, *state, *constants, *(table[first] for table in tables)]
-        graph = self.find(kind, advance, arguments)
-        graph.load(arguments)
-        bar = tqdm(range(count), label, disable=hide_progress, leave=False)
-        for i in bar:
-            if tables:
-                torch._foreach_copy_(graph.arguments[-len(tables) :], [table[first + i] for table in tables])
-            graph.replay()
-            if each:
-                each(first + i, graph.results)
-            if not bar.disable:
-                torch.cuda.current_stream().synchronize()  # or the bar would run ahead of the work
-        return [result.clone() for result in graph.results]
+        with torch.cuda.device(index.device):  # streams are the current device's
+            arguments = [index, *state, *constants, *(table[first] for table in tables)]
+            graph = self.find(kind, advance, arguments)
+            graph.load(arguments)
+            bar = tqdm(range(count), label, disable=hide_progress, leave=False)
+            for i in bar:
+                if tables:
+                    torch._foreach_copy_(graph.arguments[-len(tables) :], [table[first + i] for table in tables])
+                graph.replay()
+                if each:
+                    each(first + i, graph.results)
+                if not bar.disable:
+                    torch.cuda.current_stream().synchronize()  # or the bar would run ahead of the work
+            return [result.clone() for result in graph.results]

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from p2pz.weights import reason
+
 FLOATS = torch.float32, torch.float16, torch.bfloat16, torch.float64
 """What numbers may be saved as."""
 
@@ -115,8 +117,7 @@ def making_sense(path: str | os.PathLike, kind: str, remedy: str) -> Iterator[No
     try:
         yield
     except Exception as error:  # contents that are not what they should be raise almost anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{kind} {path} is damaged, {reason}: {remedy}") from None
+        raise ValueError(f"{kind} {path} is damaged ({reason(error, 200)}): {remedy}") from None
 
 
 def check_tensor(name: str, tensor: Tensor, shape: Sequence[int | str], dtypes: Sequence[torch.dtype] = FLOATS) -> None:
@@ -126,10 +127,10 @@ def check_tensor(name: str, tensor: Tensor, shape: Sequence[int | str], dtypes: 
         name: what it is called.
         tensor: it.
         shape: a letter stands for any size but 0.
-        dtypes: those that will do.
+        dtypes: those that will do, the usual one first.
     """
     fits = len(shape) == tensor.ndim and all(
-        size > 0 if isinstance(wanted, str) else size == wanted for wanted, size in zip(shape, tensor.shape, strict=True)
+        size == wanted or (size and isinstance(wanted, str)) for wanted, size in zip(shape, tensor.shape, strict=True)
     )
     if not fits or tensor.dtype not in dtypes:
         wanted, found = (str(dtype).removeprefix("torch.") for dtype in (dtypes[0], tensor.dtype))

@@ -57,9 +57,13 @@ def read_image(image: ImageLike) -> Image.Image:
 def _to_srgb(picture: Image.Image) -> Image.Image:
     """Colours of another space, such as phones' Display P3, by the picture's own profile; without one, as they are."""
     profile = picture.info.pop("icc_profile", None)
-    if profile is None or picture.mode not in ("L", "RGB", "RGBA", "CMYK"):
+    if profile is None:
         return picture
-    mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+    mode = "RGBA" if picture.has_transparency_data else "RGB"
+    if picture.mode == "P" or "transparency" in picture.info:
+        picture = picture.convert(mode)
+    if picture.mode not in ("L", "RGB", "RGBA", "CMYK"):
+        return picture
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         picture = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode=mode)
@@ -192,6 +196,8 @@ def check_image_path(path: str | os.PathLike) -> None:
     """Raise ValueError if `save_image` could not write this path; to be called before long work."""
     path = Path(path)
     Image.init()
-    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"cannot save an image as {path}: give a name that ends in .png or .jpg")
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.EXTENSION[path.suffix.lower()])
+    except (KeyError, OSError, ValueError):  # an unknown ending, or a format for other pictures
+        raise ValueError(f"cannot save an image as {path}: give a name that ends in .png or .jpg") from None
     check_place(path)

@@ -32,7 +32,7 @@ from p2pz.images import ImageLike, as_list, psnr, read_image, to_pictures, to_te
 from p2pz.kernels import regularise_noise
 from p2pz.kernels.regulariser import pyramid_heights
 from p2pz.memory import batches_for
-from p2pz.model import Model, load
+from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
 from p2pz.recording import Recorder, hooks_in_step
 from p2pz.schedule import authors_inversion_schedule, ddim_step, inversion_schedule
@@ -179,13 +179,15 @@ def invert_latents(
     hooks = hooks_of(attend)
     path = [image_latents]
 
+    keeps = queries is not None  # a recorded step lives longer than the queries, so it must not hold them
+
     def step(index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
         (latents, *_), (shifts, keys_values, alphas, *offsets) = state, constants
         alpha_from, alpha_to = row(alphas, index)
         maps: list[Tensor] = []
         kept: QueriesAndKeys = {}
-        told = hooks_in_step(hooks, recorder, parts, index, schedule.timesteps, maps)
-        if queries is not None:
+        told = hooks_in_step(hooks, watcher, parts, index, schedule.timesteps, maps)
+        if keeps:
             told = told._replace(attend=keep_queries_and_keys(kept, told.attend))
         prediction = model.predict(latents, Conditioning(row(shifts, index), keys_values), told)
         noise = model.to_noise(prediction, latents, alpha_from)
@@ -214,7 +216,10 @@ def invert_latents(
             state.append(queries[-1][0])
     if recorder:
         state += recorder.begin(model.unet, parts, image_latents, schedule.timesteps, conditioning.keys_values.shape[1])
-    kind = "invert", id(model.unet), *strengths, settings.form, queries is None, recorder and recorder.key
+    watcher = recorder and recorder.watcher()
+    kind = (
+        "invert", id(model.unet), model.prediction_type, *strengths, settings.form, keeps, recorder and recorder.key,
+    )  # fmt: skip
     graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
     graphs.run(kind, step, state, constants, len(schedule), "inverting", hide(progress), each)
     return torch.stack(path)
@@ -274,7 +279,7 @@ def invert_pictures(
     Returns:
         An inversion for each picture.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     images = to_tensor(pictures)
     if settings.sample_posterior:
         state = generator.get_state()  # every image gets the noise it would get alone
@@ -352,7 +357,7 @@ def invert(
 
     Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), section 3.1.
     """
-    model = model or load()
+    model = loaded(model)
     numbers = settings_for(model, preset, steps=steps, **settings)
     images, single = as_list(img)
     pictures = prepare_pictures(images, model, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mimetypes
 import os
 import time
 import warnings
@@ -24,6 +25,7 @@ from p2pz.files import atomic_path
 from p2pz.images import read_image, to_original_size, working_size
 from p2pz.inversion import Inversion
 from p2pz.model import Model
+from p2pz.weights import reason
 
 RECORDS = "results.jsonl"
 BATCH_SIZE = 8
@@ -94,6 +96,14 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
         inside = [file for file in inside if file.is_file() and not file.name.startswith(".")]
         if not inside:
             raise ValueError(f"folder {path} has no images: their names end in {', '.join(IMAGE_ENDINGS)}")
+        others = sorted({file.name for file in path.iterdir() if file.name[0] != "."} - {file.name for file in inside})
+        others = [name for name in others if (mimetypes.guess_type(name)[0] or "").startswith("image/")]
+        if others:
+            named = ", ".join(others[:3]) + " ..." * (len(others) > 3)
+            warnings.warn(
+                f"left out of {path}: {named} ({len(others)} in all); images' names end in {', '.join(IMAGE_ENDINGS)}",
+                stacklevel=2,
+            )
         files += inside
     return files
 
@@ -130,8 +140,7 @@ def edit_files(
     options |= {"preset": preset, "seed": seed}
 
     def failed(task: Task, error: Exception) -> Record:
-        text = " ".join(str(error).split()) or type(error).__name__
-        record = Record(str(task.image), str(task.output), None, seed, {}, None, (), 0.0, text)
+        record = Record(str(task.image), str(task.output), None, seed, {}, None, (), 0.0, reason(error))
         if records:
             append_record(records, record)
         return record
@@ -241,7 +250,7 @@ def append_record(path: Path, record: Record) -> None:
     """Add a line to a file of records, in a single write."""
     line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
     with open(path, "ab", buffering=0) as file:
-        file.write(line.encode())
+        file.write(line.encode(errors="surrogateescape"))  # names of files need not be text
 
 
 def merge_records(folder: Path) -> dict[str, dict[str, Any]]:
@@ -253,7 +262,7 @@ def merge_records(folder: Path) -> dict[str, dict[str, Any]]:
         folder: where the outputs are.
 
     Returns:
-        Output to record.
+        Name of the output to record.
     """
     path = folder / RECORDS
     shares = sorted(folder.glob(f"{path.stem}.rank*{path.suffix}"))
@@ -264,7 +273,7 @@ def merge_records(folder: Path) -> dict[str, dict[str, Any]]:
         *whole, last = content.decode(errors="surrogateescape").split("\n")
         for line in filter(None, (*whole, last if _parse(last) else "")):
             record = _parse(line)
-            output = record["output"] if record else line  # lines that are not ours stay too
+            output = Path(record["output"]).name if record else line  # lines that are not ours stay too
             lines[output] = line
             if record:
                 records[output] = record

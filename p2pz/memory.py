@@ -168,6 +168,8 @@ def batches_for(
     Raises:
         ValueError: the budget is too small.
     """
+    if most < 1:
+        raise ValueError(f"batch_size must be 1 or more, not {most}")
     batches = []
     for group in same_size_groups(sizes):
         plan = plan_for(model, sizes[group[0]], most, rows, guided_rows)

@@ -24,7 +24,7 @@ from p2pz.images import ImageLike, as_list, psnr, to_pictures, to_tensor
 from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
 from p2pz.kernels import attention, edited_attention
 from p2pz.memory import batches_for
-from p2pz.model import Model, load
+from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
 from p2pz.sampling import sample_latents
 from p2pz.schedule import ddim_step, denoising_schedule
@@ -134,7 +134,7 @@ def _in_batches(
     Returns:
         A result for an image, a list of results for a list.
     """
-    model = model or load()
+    model = loaded(model)
     source, target = _words(direction)
     items, single = as_list(img)
     places = [i for i, item in enumerate(items) if not isinstance(item, Inversion)]
@@ -252,7 +252,7 @@ def sdedit(
                 for item in batch.items
             ]
         )
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         noise = torch.randn(image_latents.shape[1:], generator=generator).to(model.device).expand_as(image_latents)
         negative = None
         if batch.settings.guidance != 1:
@@ -554,7 +554,7 @@ def prompt_to_prompt_latents(
         sharing = tuple(start < last for last in until)
         constants = [shifts[start:end], keys_values, alphas[start:end], guidance]
         constants += [tokens.mapping, tokens.mix, tokens.weights] if sharing[0] else []
-        kind = "prompt to prompt", id(model.unet), pairs, *sharing
+        kind = "prompt to prompt", id(model.unet), model.prediction_type, pairs, *sharing
         state = model.graphs.run(kind, segment(*sharing), state, constants, end - start, "editing", hide(progress))
     return state[0], state[1]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from p2pz.images import psnr
-from p2pz.text import quiet_transformers
-from p2pz.weights import CheckpointError
+from p2pz.text import load_pretrained, quiet_transformers
+from p2pz.weights import CheckpointError, reason
 
 if TYPE_CHECKING:  # importing transformers takes seconds: only when a model is loaded
     from transformers import CLIPModel, CLIPProcessor, ViTModel
@@ -212,26 +213,20 @@ def background_lpips(first: Picture, second: Picture, mask: Any, network: nn.Mod
 
 # Structure -----------------------------------------------------------------------------------------------------------
 def _from_pretrained(kind: Any, place: str | os.PathLike, **options: Any) -> Any:
-    """`kind.from_pretrained`, local files first, with one-line errors; a model whose file lacks weights is refused."""
+    """A model or a processor through transformers, local files first, with one-line errors."""
     place = os.fspath(place)
+    is_model = issubclass(kind, nn.Module)
+    load = partial(load_pretrained, kind) if is_model else partial(kind.from_pretrained, trust_remote_code=False)
     try:
         with quiet_transformers():
             try:
-                loaded = kind.from_pretrained(place, local_files_only=True, **options)
+                return load(place, local_files_only=True, **options)
             except OSError:
                 if Path(place).exists():
                     raise
-                loaded = kind.from_pretrained(place, **options)
+                return load(place, **options)
     except Exception as error:  # transformers raises a dozen kinds for files that are not what they should be
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{place} cannot be loaded as a {kind.__name__}: {reason}") from None
-    if not options.get("output_loading_info"):
-        return loaded
-    model, info = loaded
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:5])
-        raise CheckpointError(f"{place} cannot be loaded as a {kind.__name__}: it lacks {missing}")
-    return model.eval().requires_grad_(False)
+        raise CheckpointError(f"{place} cannot be loaded as a {kind.__name__}: {reason(error)}") from None
 
 
 def load_dino(place: str | os.PathLike) -> ViTModel:
@@ -249,7 +244,7 @@ def load_dino(place: str | os.PathLike) -> ViTModel:
     """
     from transformers import ViTModel
 
-    return _from_pretrained(ViTModel, place, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True)
+    return _from_pretrained(ViTModel, place, add_pooling_layer=False, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -342,7 +337,7 @@ def load_clip(place: str | os.PathLike) -> PretrainedClip:
     """
     from transformers import CLIPModel, CLIPProcessor
 
-    model = _from_pretrained(CLIPModel, place, dtype=torch.float32, output_loading_info=True)
+    model = _from_pretrained(CLIPModel, place, dtype=torch.float32)
     return PretrainedClip(model, _from_pretrained(CLIPProcessor, place))
 
 

@@ -30,6 +30,7 @@ from p2pz.weights import (
     mini_world,
     open_checkpoint,
     read_json,
+    reason,
 )
 
 if TYPE_CHECKING:
@@ -217,6 +218,13 @@ class Model:
         return schedule.to_epsilon(prediction, latents, alpha, self.prediction_type)
 
 
+def loaded(model: Model | None) -> Model:
+    """The model, None being the default one. Raises ValueError for anything else, such as the name of one."""
+    if not isinstance(model, Model | None):
+        raise ValueError(f"a model is what p2pz.load returns, for instance p2pz.load({str(model)!r}), not its name")
+    return model or load()
+
+
 def find_device(name: str | torch.device | None = None) -> torch.device:
     """A device by name; None is CUDA if there is a GPU, else the CPU. Raises ValueError if there is no such device."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -226,6 +234,8 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device must be cpu, cuda or cuda:N, not {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"p2pz works on the CPU and on NVIDIA GPUs: device must be cpu, cuda or cuda:N, not {name!r}")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"there is no device {device}: PyTorch finds {gpus or 'no'} GPU{'s' if gpus > 1 else ''}")
     return device
@@ -272,6 +282,8 @@ def load(
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type!r}")
     device = find_device(device)
+    if not isinstance(dtype, torch.dtype | None) or (dtype is not None and not dtype.is_floating_point):
+        raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or torch.float32, not {dtype!r}")
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     budget = None if max_memory is None else _budget(max_memory, device)
     checkpoint = open_checkpoint(source or os.environ.get("P2PZ_MODEL") or MINI_FOLDER)
@@ -328,9 +340,8 @@ def _load_module(module_type: type, config_type: type, component: Component) -> 
             module = module_type(config)
     except KeyError as error:
         raise CheckpointError(f"{component.config_path} lacks {error}") from None
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{component.config_path} describes no Stable Diffusion: {reason}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{component.config_path} describes no Stable Diffusion: {reason(error)}") from None
     fill(module, component.tensors, component.path, component.layout)
     return module.eval().requires_grad_(False)
 

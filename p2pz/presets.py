@@ -1,6 +1,7 @@
 """Every number of the method as one table: what p2pz, the authors' code and diffusers do."""
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 from p2pz.model import Model
@@ -60,11 +61,12 @@ class Settings:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         lowest = 3 if self.inversion == "authors" else 1
-        if not isinstance(self.steps, int) or not lowest <= self.steps <= 999:
+        if not isinstance(self.steps, Integral) or not lowest <= self.steps <= 999:
             raise ValueError(f"steps must be a whole number from {lowest} to 999, not {self.steps}")
         for name in ("strength", "guidance", "xa_guidance", "autocorrelation_strength", "kl_strength"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be zero or more, not {getattr(self, name)}")
+        object.__setattr__(self, "steps", int(self.steps))
         object.__setattr__(self, "guided_steps", tuple(self.guided_steps))
         object.__setattr__(self, "resolution_weights", tuple(self.resolution_weights))
         if len(self.guided_steps) != 2 or not 0 <= self.guided_steps[0] <= self.guided_steps[1] <= 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -111,6 +111,7 @@ class Recorder:
     _sites: dict[str, Site] = field(default_factory=dict, repr=False)
     _timesteps: dict[int, int] = field(default_factory=dict, repr=False)
     _bytes: int = field(default=0, repr=False)
+    _device: torch.device | None = field(default=None, repr=False)
 
     @property
     def runs(self) -> list[Recorded]:
@@ -236,6 +237,7 @@ class Recorder:
                 f"these maps take {self._bytes / 2**30:.2f} GiB, more than max_gib={self.max_gib:g}: record fewer "
                 "layers, tokens or steps, or allow more"
             )
+        self._device = latents.device
         place = {"device": "cpu", "pin_memory": latents.is_cuda} if self.host else {"device": latents.device}
         self._tables = {
             name: torch.empty(len(steps), *shape, dtype=self.dtype, **place) for name, shape in shapes.items()
@@ -291,6 +293,10 @@ class Recorder:
             for seen in maps[i * count : (i + 1) * count]
         ]
 
+    def watcher(self) -> Recorder:
+        """This recorder without what it keeps, for a recorded graph, which lives longer."""
+        return replace(self, _places={}, _tables={})
+
     def take(self, step: int, parts: Sequence[Part], maps: Sequence[Tensor]) -> None:
         """Keep the maps of a step, if it is wanted.
 
@@ -315,7 +321,7 @@ class Recorder:
             rows: which row of each branch is a result's.
         """
         if any(table.is_pinned() for table in self._tables.values()):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         for place, prompt, own in zip(places, prompts, rows, strict=True):
             maps: dict[tuple[str, str], dict[str, Tensor]] = {}
             for (path, branch, half), table in self._tables.items():

@@ -14,7 +14,7 @@ from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.images import as_list, to_pictures
 from p2pz.inversion import hide
 from p2pz.memory import plan_for
-from p2pz.model import Model, load
+from p2pz.model import Model, loaded
 from p2pz.recording import Recorder, hooks_in_step
 from p2pz.schedule import ddim_step, denoising_schedule
 from p2pz.unet import Conditioning
@@ -66,7 +66,7 @@ def sample_latents(
         alpha_from, alpha_to = row(alphas, index)
         halves = torch.cat([latents, latents]) if pairs else latents
         maps: list[Tensor] = []
-        told = hooks_in_step(hooks, recorder, parts, index, timesteps, maps)
+        told = hooks_in_step(hooks, watcher, parts, index, timesteps, maps)
         prediction = model.predict(halves, Conditioning(row(shifts, index), keys_values), told)
         predicted = guided(model.to_noise(prediction, halves, alpha_from), guidance, pairs)
         return ddim_step(latents, predicted, alpha_from, alpha_to), *maps
@@ -80,7 +80,8 @@ def sample_latents(
         def each(i: int, state: Tensors) -> None:
             recorder.take(i, parts, state[1:])
 
-    kind = "sample", id(model.unet), pairs, recorder and recorder.key
+    watcher = recorder and recorder.watcher()  # a recorded step must not hold the maps
+    kind = "sample", id(model.unet), model.prediction_type, pairs, recorder and recorder.key
     graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
     return graphs.run(kind, step, state, constants, steps - skip, "sampling", hide(progress), each)[0]
 
@@ -121,22 +122,23 @@ def sample(
     Raises:
         ValueError: no prompts, steps, guidance or size out of range, or `max_memory` too small.
     """
-    model = model or load()
-    prompts, _ = as_list(prompt)
+    model = loaded(model)
+    prompts, _ = as_list(prompt, "prompts")
     config = model.vae.config
-    width, height = size or (model.native_size, model.native_size)
     multiple = config.downsampling
-    if width < 8 * multiple or height < 8 * multiple or width % multiple or height % multiple:
+    size = (model.native_size,) * 2 if size is None else size
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or any(s < 8 * multiple or s % multiple for s in size):
         raise ValueError(
             f"size must be a width and a height of at least {8 * multiple} and multiples of {multiple}, not {size}"
         )
+    width, height = size
     guidance = (2.0 if model.is_mini else 7.5) if guidance is None else guidance
     if not 0 <= guidance < float("inf"):
         raise ValueError(f"guidance must be zero or more, not {guidance}")
     plan = plan_for(model, (height, width), len(prompts), rows=1 + (guidance != 1))
     shape = (config.latent_channels, height // multiple, width // multiple)
     noise = torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))]
+        [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed) + i)) for i in range(len(prompts))]
     )
     context = model.encode_text(prompts)
     negative = model.encode_negative([negative_prompt]).expand_as(context)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from p2pz.text import quiet_transformers
+from p2pz.text import load_pretrained, quiet_transformers
+from p2pz.weights import reason
 
 Sentences = Sequence[str] | str | os.PathLike
 """A list of sentences, or the path of a text file with one sentence on each line."""
@@ -95,7 +96,7 @@ def fill(template: str, concept: str) -> str:
     """
     plural = is_plural(concept)
     article, _, rest = concept.partition(" ")
-    bare = rest if article.lower() in ("a", "an") else concept
+    bare = rest if rest and article.lower() in ("a", "an") else concept
     the = bare if _DETERMINER.fullmatch(bare.split()[0].lower()) else f"the {bare}"
     fields = {"a": with_article(concept), "the": the, "is": "are" if plural else "is", "s": "" if plural else "s"}
     return template.format(**fields)
@@ -195,12 +196,13 @@ def _load_writer(folder: Path, device: str | torch.device) -> Callable[[str, int
         raise ValueError(f"language model {folder} does not exist: give a folder that transformers can read")
     try:
         with quiet_transformers():
-            encodes = AutoConfig.from_pretrained(folder, local_files_only=True).is_encoder_decoder
+            safely = {"local_files_only": True, "trust_remote_code": False}
+            encodes = AutoConfig.from_pretrained(folder, **safely).is_encoder_decoder
             kind = AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder, **safely)
+            model = load_pretrained(kind, folder, local_files_only=True).to(device)
     except Exception as error:  # transformers raises a dozen kinds for files that are not what they should be
-        raise ValueError(f"language model {folder} cannot be loaded: {' '.join(str(error).split())}") from None
+        raise ValueError(f"language model {folder} cannot be loaded: {reason(error)}") from None
 
     def write(request: str, count: int, seed: int) -> list[str]:
         if tokenizer.chat_template:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2pz.weights import CheckpointError, Component, fill
+from p2pz.weights import CheckpointError, Component, fill, printable, read_number, reason
 
 if TYPE_CHECKING:  # importing transformers takes seconds: only when a model is loaded
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -35,6 +36,39 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def load_pretrained(kind: Any, place: str | os.PathLike, **options: Any) -> nn.Module:
+    """A whole model through transformers' `kind.from_pretrained`; no pickle is opened, and no code of the folder's run.
+
+    Args:
+        kind: a class of transformers.
+        place: a folder, or a name on the hub.
+        options: for `from_pretrained`.
+
+    Returns:
+        The frozen model.
+
+    Raises:
+        ValueError: weights are missing. Transformers raises a dozen other kinds.
+    """
+    model, info = kind.from_pretrained(
+        place, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:5])}")
+    return model.eval().requires_grad_(False)
+
+
+_SIZES = (
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "projection_dim",
+)
+
+
 def load_text_encoder(component: Component, projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
     """Build transformers' text encoder on a checkpoint's tensors.
 
@@ -50,15 +84,22 @@ def load_text_encoder(component: Component, projection: bool = False) -> CLIPTex
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    kind = component.config.get("model_type", "clip_text_model")
+    config = component.config
+    kind = printable(str(config.get("model_type", "clip_text_model")))
     if kind != "clip_text_model":
         raise CheckpointError(f"{component.config_path} describes no CLIP text encoder, but one of type {kind}")
     try:
+        settings = {key: read_number(config, key) for key in _SIZES if key in config}
+        settings |= {  # and no others: some of transformers' change the form of the answer
+            "hidden_act": config.get("hidden_act", "quick_gelu"),
+            "layer_norm_eps": read_number(config, "layer_norm_eps", 1e-5, 1e-12, 1),
+            "eos_token_id": read_number(config, "eos_token_id", 49407, 0),
+        }
         with quiet_transformers(), torch.device("meta"):
             model_type = CLIPTextModelWithProjection if projection else CLIPTextModel
-            encoder = model_type(CLIPTextConfig.from_dict(component.config))
+            encoder = model_type(CLIPTextConfig(**settings))
     except Exception as error:  # transformers raises a dozen kinds for settings that are not what they should be
-        raise CheckpointError(f"{component.config_path} describes no text encoder: {_reason(error)}") from None
+        raise CheckpointError(f"{component.config_path} describes no text encoder: {reason(error)}") from None
     body = getattr(encoder, "text_model", encoder)  # before transformers 5.6 the model had one inside
     if projection:
         tensors = {  # with the prefix that the files of one text encoder may lack
@@ -92,16 +133,17 @@ def load_tokenizer(folder: Path, encoder: nn.Module, pad_token: str | None = Non
         with quiet_transformers():
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **settings)
     except Exception as error:  # as above
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_reason(error)}") from None
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {reason(error)}") from None
     words, known = len(tokenizer), encoder.config.vocab_size
     if words > known or (pad_token is not None and words != known):
         raise CheckpointError(f"the tokenizer in {folder} has {words} words, but the text encoder {known}")
+    last = max(tokenizer.get_vocab().values())
+    if last >= known:
+        raise CheckpointError(f"the tokenizer in {folder} numbers words up to {last}, but the text encoder has {known}")
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(f"the tokenizer in {folder} has no pad_token to fill short sentences with")
     tokenizer.model_max_length = encoder.config.max_position_embeddings
     return tokenizer
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def fingerprint(encoder: nn.Module) -> str:

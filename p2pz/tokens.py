@@ -20,14 +20,15 @@ def words_of(model: Model, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
         model: whose tokenizer to use.
         prompt: the caption.
     """
-    pieces = model.tokenizer.convert_ids_to_tokens(tokens_of(model, prompt)[1:-1])
+    ids = tokens_of(model, prompt)
+    pieces = model.tokenizer.convert_ids_to_tokens(ids[1:-1])
     words: list[tuple[str, tuple[int, ...]]] = []
-    text, places = "", ()
+    places: tuple[int, ...] = ()
     for place, piece in enumerate(pieces, start=1):
-        text, places = text + piece.removesuffix("</w>"), (*places, place)
+        places = (*places, place)
         if piece.endswith("</w>") or place == len(pieces):
-            words.append((text, places))
-            text, places = "", ()
+            words.append((model.tokenizer.decode([ids[place] for place in places]).strip(), places))
+            places = ()
     return words
 
 

@@ -23,6 +23,7 @@ from p2pz.layers import (
     to_map,
     to_tokens,
 )
+from p2pz.weights import read_number, read_numbers
 
 
 @dataclass(frozen=True)
@@ -76,34 +77,36 @@ class UNetConfig:
         for key, expected in _EXPECTED_SETTINGS.items():
             if config.get(key, expected) != expected:
                 raise _another_kind(config, key)
-        channels = tuple(config["block_out_channels"])
-        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)  # diffusers' misnomer
-        mirrored = [kind.replace("Down", "Up") for kind in reversed(config["down_block_types"])]
-        for key, kinds in (("down_block_types", config["down_block_types"]), ("up_block_types", mirrored)):
-            if list(config[key]) != list(kinds) or not set(kinds) <= _BLOCK_KINDS or len(kinds) != len(channels):
-                raise _another_kind(config, key)
-        layers = config.get("transformer_layers_per_block", 1)
-        layers = tuple(layers) if isinstance(layers, (list, tuple)) else (layers,) * len(channels)
-        if len(layers) != len(channels) or not all(isinstance(count, int) and count > 0 for count in layers):
-            raise _another_kind(config, "transformer_layers_per_block")
+        channels = read_numbers(config, "block_out_channels")
+        heads = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"  # a misnomer
+        down = config["down_block_types"]
+        if not isinstance(down, (list, tuple)) or len(down) != len(channels) or any(x not in _DOWN for x in down):
+            raise _another_kind(config, "down_block_types")
+        mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
+        if config["up_block_types"] not in (mirrored, tuple(mirrored)):
+            raise _another_kind(config, "up_block_types")
+        layers = read_numbers(config, "transformer_layers_per_block", len(channels), 1)
         layers = () if set(layers) == {1} else layers
         pooled = size_channels = 0
         if config.get("addition_embed_type") is not None:
-            size_channels = config.get("addition_time_embed_dim") or 0
-            pooled = (config.get("projection_class_embeddings_input_dim") or 0) - SIZE_NUMBERS * size_channels
-            if config["addition_embed_type"] != "text_time" or size_channels <= 0 or pooled <= 0:
+            size_channels = config.get("addition_time_embed_dim")
+            width = config.get("projection_class_embeddings_input_dim")
+            if config["addition_embed_type"] != "text_time" or not type(size_channels) is type(width) is int:
+                raise _another_kind(config, "addition_embed_type")
+            pooled = width - SIZE_NUMBERS * size_channels
+            if size_channels <= 0 or pooled <= 0:
                 raise _another_kind(config, "addition_embed_type")
         return cls(
-            in_channels=config["in_channels"],
-            out_channels=config["out_channels"],
-            sample_size=config.get("sample_size", 64),
+            in_channels=read_number(config, "in_channels"),
+            out_channels=read_number(config, "out_channels"),
+            sample_size=read_number(config, "sample_size", 64, 8, 256),
             block_out_channels=channels,
-            layers_per_block=config.get("layers_per_block", 2),
-            cross_attention=tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"]),
-            heads=tuple(heads) if isinstance(heads, (list, tuple)) else (heads,) * len(channels),
-            context_channels=config["cross_attention_dim"],
+            layers_per_block=read_number(config, "layers_per_block", 2),
+            cross_attention=tuple(kind.startswith("CrossAttn") for kind in down),
+            heads=read_numbers(config, heads, len(channels), 8),
+            context_channels=read_number(config, "cross_attention_dim"),
             linear_projection=bool(config.get("use_linear_projection", False)),
-            norm_groups=config.get("norm_num_groups", 32),
+            norm_groups=read_number(config, "norm_num_groups", 32),
             transformer_layers=layers,
             pooled_channels=pooled,
             size_channels=size_channels,
@@ -147,7 +150,7 @@ def _another_kind(config: dict[str, Any], key: str) -> ValueError:
 
 SIZE_NUMBERS = 6  # that SDXL is told: height and width of the original image, top and left of the crop, its own size
 
-_BLOCK_KINDS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+_DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 
 _EXPECTED_SETTINGS = {
     "act_fn": "silu",

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from p2pz.kernels import attention
 from p2pz.layers import Downsample, ResnetBlock, Upsample, group_normed, to_map, to_tokens
+from p2pz.weights import read_number, read_numbers
 
 _EPS = 1e-6  # of every group norm of the VAE; the UNet's residual blocks use 1e-5
 
@@ -48,19 +49,20 @@ class VAEConfig:
         Raises:
             ValueError: the file describes another kind of autoencoder; names the setting.
         """
+        channels = read_numbers(config, "block_out_channels")
         for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if config[key] != [kind] * len(config["block_out_channels"]):
+            if config[key] != [kind] * len(channels):
                 raise ValueError(f"this VAE is not a Stable Diffusion AutoencoderKL: its {key} is {config[key]}")
         for key, expected in _EXPECTED_SETTINGS.items():
             if config.get(key, expected) != expected:
                 raise ValueError(f"this VAE is not a Stable Diffusion AutoencoderKL: its {key} is {config[key]}")
         return cls(
-            block_out_channels=tuple(config["block_out_channels"]),
-            layers_per_block=config.get("layers_per_block", 1),
-            latent_channels=config.get("latent_channels", 4),
-            norm_groups=config.get("norm_num_groups", 32),
-            scaling_factor=config.get("scaling_factor", 0.18215),
-            sample_size=config.get("sample_size", 512),
+            block_out_channels=channels,
+            layers_per_block=read_number(config, "layers_per_block", 1),
+            latent_channels=read_number(config, "latent_channels", 4),
+            norm_groups=read_number(config, "norm_num_groups", 32),
+            scaling_factor=read_number(config, "scaling_factor", 0.18215, 0.001, 1000),
+            sample_size=read_number(config, "sample_size", 512),
             force_upcast=bool(config.get("force_upcast", True)),
         )
 

@@ -168,6 +168,9 @@ def test_another_run_adds_its_results(smoke, main, tmp_path):
     assert results["compiled"]["runs"]["total"] == smoke.results["compiled"]["runs"]["total"]
     rows = {line.split(" | ")[0]: line for line in path.with_suffix(".md").read_text().splitlines()}
     assert rows["| decode_s"].endswith("\\* |") and "\\*" not in rows["| encode_s"]
+    main("--out", tmp_path, "--only", "p2pz", "--parts", "batches")
+    rows = {line.split(" | ")[0]: line for line in path.with_suffix(".md").read_text().splitlines()}
+    assert rows["| images_per_second 4"].endswith("\\* |") and "\\*" not in rows["| images_per_second 1"]
 
 
 @pytest.mark.parametrize("earlier", [{"device": {"name": "another"}}, {"sizes": {}}, None])

@@ -1,6 +1,9 @@
 """Captions of a BLIP model, which is random here and as small as can be."""
 
+import json
 import os
+import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 import p2pz
 from p2pz.captions import load_captioner
 from p2pz.model import Model
+from p2pz.sentences import write_sentences
 from p2pz.weights import MINI_FOLDER
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a cat dog on the beach in snow with hat of photo red blue".split()  # noqa: SIM905
@@ -103,6 +107,39 @@ def test_missing_weights_are_named(folder, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"its weights lack vision_model\.post_layernorm\.weight"):
         load_captioner(tmp_path)
+
+
+def test_pickles_are_not_opened(folder, tmp_path):
+    for name in os.listdir(folder):
+        os.symlink(folder / name, tmp_path / name)
+    torch.save(load_captioner(folder, "cpu").model.state_dict(), tmp_path / "pytorch_model.bin")
+    load_captioner(tmp_path, "cpu")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no file named model\.safetensors"):
+        load_captioner(tmp_path, "cpu")
+
+
+CODE = {"auto_map": {"AutoConfig": "evil.Evil", "AutoImageProcessor": "evil.Evil"}}
+REMOTE = {  # what names the code in a folder, and how the folder is used
+    "captioner": ("config.json", CODE | {"model_type": "evil"}, load_captioner),
+    "its processor": (
+        "processor_config.json", {"image_processor": CODE | {"image_processor_type": "Evil"}}, load_captioner
+    ),
+    "language model": ("config.json", CODE | {"model_type": "evil"}, partial(write_sentences, "cat")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REMOTE)
+def test_code_of_a_folder_is_never_run(name, folder, tmp_path, monkeypatch):
+    """Neither by itself nor after a question on the terminal."""
+    file, changes, load = REMOTE[name]
+    place, asked = shutil.copytree(folder, tmp_path / "model"), []
+    (place / file).write_text(json.dumps(json.loads((place / file).read_text()) | changes))
+    (place / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    with pytest.raises(ValueError, match="cannot be loaded") as error:
+        load(place)
+    assert not asked and not (tmp_path / "ran").exists() and "\n" not in str(error.value)
 
 
 def test_other_models_need_a_captioner(pictures, monkeypatch):

@@ -102,6 +102,10 @@ def test_what_is_doubtful_of_an_edit():
     (text,) = edit_warnings(other, same, 12.34)
     assert text.startswith("the inversion lost the image, whose reconstruction is at 12.3 dB only")
     assert len(edit_warnings(same, same, 5.0)) == 2
+    (text,) = edit_warnings(other, same, 12.34, "path")
+    assert text.startswith(
+        "the autoencoder lost the image, whose reconstruction is at 12.3 dB only: give a larger size"
+    )
 
 
 def test_an_edit_without_strength_is_told_from_one_with(model):

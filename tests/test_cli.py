@@ -516,7 +516,7 @@ def test_warnings_are_one_line_with_the_image(p2pz_):
     assert status == 0 and len(out) == 1 and len(err) == 3
     assert err[0].startswith("p2pz: warning: noise.png: only the first 75 tokens count of: a cat a cat")
     assert re.match(r"p2pz: warning: noise.png: the bundled model knows only .* at \d+\.\d dB", err[1])
-    assert re.match(r"p2pz: warning: noise.png: the inversion lost the image, .* at \d+\.\d dB only", err[2])
+    assert re.match(r"p2pz: warning: noise.png: the autoencoder lost the image, .* at \d+\.\d dB only", err[2])
 
 
 @pytest.mark.parametrize("name", ["out.png", "out"])

@@ -1,11 +1,14 @@
 """Steps give the same whether they run one by one or as a recorded graph."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 import p2pz
+from p2pz import editing
 from p2pz.engine import MOST_GRAPHS, Graphs, row
 from p2pz.images import psnr
 from p2pz.sampling import sample_latents
@@ -55,6 +58,40 @@ def test_run_reads_large_tables_row_by_row(device, record):
                 state = state * scale + tables[0][i] + 2 * tables[1][i]
             assert torch.allclose(done, state)
     assert len(graphs.graphs) == record
+
+
+class Keeping(Graphs):
+    """Holds the functions that it is given, as recorded graphs do."""
+
+    def run(self, kind, step, *arguments, **options):
+        self.graphs.setdefault(kind, step)
+        return super().run(kind, step, *arguments, **options)
+
+    def call(self, kind, function, arguments):
+        self.graphs.setdefault(kind, function)
+        return super().call(kind, function, arguments)
+
+
+def test_graphs_hold_neither_queries_nor_maps_of_an_edit(monkeypatch):
+    """They live as long as the model, and would add up: a gigabyte for each size of image."""
+    model = replace(p2pz.load(MINI_FOLDER, device="cpu"), graphs=Keeping())
+    picture, tables = mini_world.render(mini_world.task_pair("cat->dog", 0)[0]), []
+    invert = editing.invert_pictures
+
+    def note(*arguments, queries, **options):
+        made = invert(*arguments, queries=queries, **options)
+        tables.extend(weakref.ref(table) for table in queries)
+        return made
+
+    monkeypatch.setattr(editing, "invert_pictures", note)
+    for recorder in (None, p2pz.record()):
+        p2pz.edit(picture, "cat->dog", model=model, steps=2, prompt="a cat", record=recorder, progress=False)
+    p2pz.sample("a cat", model=model, steps=1, record=recorder, progress=False)
+    maps = [weakref.ref(kept) for kept in recorder.runs[0].of("sample").values()]
+    recorder = weakref.ref(recorder)
+    gc.collect()
+    assert len(model.graphs.graphs) >= 4 and len(tables) == 2 * len(model.unet.cross_attention_paths)
+    assert recorder() is None and not any(ref() is not None for ref in [*tables, *maps])
 
 
 @needs_gpu

@@ -143,6 +143,16 @@ def test_profiles_keep_transparency_and_the_callers_picture():
     assert picture.info["icc_profile"] == exchanged_profile() and picture.getpixel((4, 4)) == (255, 0, 0, 255)
 
 
+def test_profiles_of_palettes_and_of_a_transparent_colour(tmp_path):
+    for mode, options in (("P", {}), ("RGB", {"transparency": (0, 255, 0)})):
+        picture = Image.new("RGB", (32, 32), (255, 0, 0))
+        picture.paste((0, 255, 0), (0, 16, 32, 32))
+        picture.convert(mode).save(tmp_path / "a.png", icc_profile=exchanged_profile(), **options)
+        seen = read_image(tmp_path / "a.png")
+        assert seen.getpixel((4, 4)) == (0, 0, 255)
+        assert seen.getpixel((4, 20)) == ((255, 255, 255) if options else (0, 255, 0))
+
+
 def test_bilevel_and_palette(tmp_path, pixels):
     black = pixels[..., 0] > 128
     Image.fromarray(black).save(tmp_path / "a.png")

@@ -124,6 +124,20 @@ def test_an_image_that_fails_does_not_lose_its_batch(edited, tools):
     }
 
 
+def test_a_bad_inversion_does_not_keep_others_from_being_edited(tools):
+    latents, fingerprint = torch.randn(4, 32, 32), tools.model.text_fingerprint
+    p2pz.Inversion(latents[:3], 2 * latents[:3], "a cat", 1, fingerprint).save("photos/damaged.safetensors")
+    path, picture = latents.repeat(2, 1, 1, 1), Image.new("RGB", (1, 1))
+    small = p2pz.Inversion(latents, 2 * latents, "a cat", 1, fingerprint, path, picture)
+    small.save("photos/small.safetensors")
+    images = [Path("photos", name) for name in ("damaged.safetensors", "small.safetensors", "a.png")]
+    todo = [Task(image, Path(f"{image.stem}_dog.png")) for image in images]
+    done = {record.input: record.error for record in edit_files(todo, lambda: tools, steps=1, progress=False)}
+    assert "damaged.safetensors is damaged" in done["photos/damaged.safetensors"]
+    assert "picture has 1 x 1 pixels" in done["photos/small.safetensors"] and done["photos/a.png"] is None
+    assert [task.output.exists() for task in todo] == [False, False, True]
+
+
 def test_a_batch_too_large_for_the_memory_is_tried_one_by_one(edited, tools):
     done = run(["a", "c", "e"], tools, batch_size=3)
     assert [len(call) for call in edited] == [3, 1, 1, 1] and not any(record.error for record in done.values())
@@ -204,7 +218,7 @@ def test_doubtful_edits_are_told(tools):
     done = run(["a"], tools, strength=0.0, progress=False, prompt="a cat")
     told = done["a"].warnings
     assert len(told) == 3 and "knows only its cartoon world" in told[0]
-    assert "the direction changed nothing" in told[1] and "the inversion lost the image" in told[2]
+    assert "the direction changed nothing" in told[1] and "the autoencoder lost the image" in told[2]
     assert lines()[0]["warnings"] == list(told)
 
 
@@ -212,10 +226,12 @@ def test_doubtful_edits_are_told(tools):
 
 
 def test_find_images(photos):
-    for name in (".hidden.png", "f.JPG", "g.tiff"):
+    for name in (".hidden.png", "f.JPG", "g.tiff", "h.svg"):
         (photos / name).touch()
     (photos / "inner.png").mkdir()
-    found = find_images([Path("x.png"), photos])
+    (photos / "broken.png").symlink_to("nowhere")
+    with pytest.warns(UserWarning, match=r"left out of .*photos: broken.png, h.svg, inner.png \(3 in all\)"):
+        found = find_images([Path("x.png"), photos])
     assert [path.name for path in found] == [
         "x.png", "a.png", "b.png", "bad.png", "c.png", "d.png", "e.png", "f.JPG", "g.tiff",
     ]  # fmt: skip
@@ -235,6 +251,9 @@ def test_records_of_all_processes_become_one_file(tmp_path):
     assert [line["output"] for line in lines(main)] == ["a.png", "b.png", "c.png"]
     assert list(merged.values()) == lines(main)
     assert (merged["a.png"]["error"], merged["a.png"]["seconds"], merged["c.png"]["prompt"]) == (None, 2.0, "a cät")
+    append_record(main, record("elsewhere/b.png", seconds=3.0))  # the same output, by another way to the folder
+    merged = merge_records(tmp_path)
+    assert [line["output"] for line in lines(main)] == ["a.png", "elsewhere/b.png", "c.png"]
     before = main.stat()
     assert merge_records(tmp_path) == merged and main.stat().st_mtime_ns == before.st_mtime_ns
 
@@ -249,6 +268,12 @@ def test_a_line_that_was_cut_off_goes_and_lines_of_others_stay(tmp_path):
         assert merge_records(tmp_path).keys() == {"a.png"} and main.read_bytes() == theirs + whole
     main.write_bytes(whole[:-1])  # only the line's end is missing
     assert merge_records(tmp_path).keys() == {"a.png"} and main.read_bytes() == whole
+
+
+def test_names_that_are_no_text_are_recorded(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    append_record(tmp_path / "results.jsonl", record(name, error=f"{name} cannot be read"))
+    assert merge_records(tmp_path)[name]["error"] == f"{name} cannot be read"
 
 
 def test_a_folder_without_records_gets_none(tmp_path):

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import p2pz
 from p2pz.sampling import sample_latents
 from p2pz.unet import UNet, UNetConfig
-from p2pz.weights import MINI_FOLDER, CheckpointError, find_tensors, load_tensors, read_json
+from p2pz.weights import MINI_FOLDER, CheckpointError, find_tensors, load_tensors, read_json, reason
 from p2pz.weights.folder import VAE_RENAMES, rename
 
 SENTENCES = ["a photo of a cat on the beach", "", "A sketch, of a dog!", "a cat " * 60]
@@ -470,6 +470,18 @@ def to_pickle(name):
     return lambda folder: (folder / name).rename((folder / name).with_suffix(".bin"))
 
 
+def number_a_word(number):
+    """One word of the tokenizer gets another number."""
+
+    def spoil(folder):
+        (folder / "tokenizer/tokenizer.json").unlink()
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(MINI_FOLDER / "tokenizer" / name, folder / "tokenizer")
+        change_json(folder / "tokenizer/vocab.json", **{"cat</w>": number})
+
+    return spoil
+
+
 SCHEDULER, TEXT = "scheduler/scheduler_config.json", "text_encoder/model.safetensors"
 WRONG = {
     "no unet": (remove("unet"), "unet/config.json is missing"),
@@ -479,6 +491,8 @@ WRONG = {
     "empty tokenizer": (lambda f: [path.unlink() for path in (f / "tokenizer").glob("[!c]*[!g].json")], "tokenizer"),
     "garbage tokenizer": (set_bytes("tokenizer/tokenizer.json", b"{"), "tokenizer|text encoder"),
     "no text encoder": (remove("text_encoder"), "text_encoder/config.json is missing"),
+    "word numbers": (number_a_word(1000), "tokenizer numbers words up to 1000, but the text encoder has 632"),
+    "no padding": (set_json("tokenizer/tokenizer_config.json", pad_token=None), "tokenizer has no pad_token"),
     "two text encoders": (lambda f: (f / "text_encoder_2").mkdir(), "text_encoder_2/config.json is missing"),
     "refiner of XL": (lambda f: (f / "text_encoder").rename(f / "text_encoder_2"), "looks like the refiner of"),
     "transformer": (lambda f: (f / "unet").rename(f / "transformer"), "looks like Stable Diffusion 3, Flux or another"),
@@ -504,6 +518,11 @@ WRONG = {
     "unet endless": (set_json("unet/config.json", layers_per_block=10**9), "layers_per_block is 1000000000, but"),
     "unet deep": (set_json("unet/config.json", transformer_layers_per_block=[1, 10**9, 1, 1]), "tensors only"),
     "vae endless": (set_json("vae/config.json", layers_per_block=10**9), "vae/config.json: layers_per_block is 10000"),
+    "unet levels": (set_json("unet/config.json", block_out_channels=[8] * 3000), "channels has the length 3000"),
+    "vae levels": (set_json("vae/config.json", down_block_types=["a"] * 3000), "down_block_types has the length 3000"),
+    "unet many times many": (
+        set_json("unet/config.json", layers_per_block=90, transformer_layers_per_block=[90] * 4), "per_block is 90, but"
+    ),
     "text endless": (set_json("text_encoder/config.json", num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
     "unet lacks": (set_json("unet/config.json", block_out_channels=...), "unet/config.json lacks 'block_out_channels'"),
     "unet null": (set_json("unet/config.json", block_out_channels=None), "unet"),
@@ -528,6 +547,61 @@ def test_wrong_folders_are_refused_by_name(name, folder):
     with pytest.raises(CheckpointError, match=message) as error:
         p2pz.load(folder)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+SETTINGS = [  # part, setting, values that it cannot have
+    ("unet", "sample_size", ["32", [32, 32], None, 10**9, 257, 7, 0, -5, 32.5, True]),
+    ("unet", "attention_head_dim", [-4, 0, 4.0, "4", [4], [4, 4, 4, -4], [[4]] * 4]),
+    ("unet", "norm_num_groups", [8.0, 0, -8, None]),
+    ("unet", "layers_per_block", [True, -1, [2, 2, 2, 2]]),
+    ("unet", "in_channels", ["4", None, 4.0]),
+    ("unet", "out_channels", [4.0]),
+    ("unet", "cross_attention_dim", [[24] * 4, None]),
+    ("unet", "block_out_channels", [[], 5, "abcd", {"a": 1}, [16, 16, 32, 10**30], [16, 16, 32, 32.0]]),
+    ("unet", "transformer_layers_per_block", [0, [1, 1], "1"]),
+    ("unet", "down_block_types", [["a", {}, None, []], "abcd", 5, None]),
+    ("unet", "up_block_types", [["a", {}, None, []], 5]),
+    ("vae", "scaling_factor", [None, 0, -1, "0.18", [1], float("nan"), float("inf"), 1e-9]),
+    ("vae", "block_out_channels", [[], None, [8, 16, 16, "16"]]),
+    ("vae", "norm_num_groups", [8.0, -8]),
+    ("vae", "latent_channels", [0, 10**30]),
+    ("vae", "layers_per_block", [-3, 2.0]),
+    ("text_encoder", "num_attention_heads", [-4, 0, 4.0]),
+    ("text_encoder", "num_hidden_layers", [-1]),
+    ("text_encoder", "eos_token_id", [[1, 2], "x", None, -1]),
+    ("text_encoder", "layer_norm_eps", ["x", None, float("nan"), -1.0]),
+    ("text_encoder", "max_position_embeddings", [-1]),
+]
+
+
+@pytest.mark.parametrize(("part", "setting", "values"), SETTINGS, ids=[f"{row[0]}-{row[1]}" for row in SETTINGS])
+def test_settings_of_another_kind_are_refused_by_name(part, setting, values, folder):
+    path = folder / part / "config.json"
+    for value in values:
+        change_json(path, **{setting: value})
+        with pytest.raises(CheckpointError, match=rf"{part}/config\.json .*\bits {setting} is ") as error:
+            p2pz.load(folder)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_settings_that_would_change_transformers_answers_are_left_aside(folder):
+    expected = p2pz.load(folder).encode_text(SENTENCES[:2])
+    change_json(folder / "text_encoder/config.json", return_dict=False, output_attentions=True, attention_dropout=0.9)
+    assert torch.equal(p2pz.load(folder).encode_text(SENTENCES[:2]), expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("two\n  lines\t."), "two lines ."),
+        (KeyError(), "KeyError"),
+        (OSError("\x1b[31mred"), "?[31mred"),
+        (ValueError("a" * 2000), "a" * 1000 + "..."),
+    ],
+    ids=["lines", "nothing", "control", "long"],
+)
+def test_reasons_are_one_line(error, text):
+    assert reason(error) == text
 
 
 def test_widths_of_text_encoder_and_unet_must_agree(folder, saved, randomise):

@@ -56,6 +56,7 @@ def test_words_and_their_places(model):
     assert places_of(model, "a pterodactyl cat", "pterodactyl") == list(split[1][1])
     assert places_of(model, "a cat near a cat", "a") == [1, 4]
     assert words_of(model, "") == []
+    assert [word for word, _ in words_of(model, "café 猫")] == ["café", "猫"]
     long = words_of(model, "cat " * 200)
     assert len(long) == 75 and long[-1] == ("cat", (75,))
     with pytest.raises(ValueError, match='does not contain "dog"'):

@@ -251,7 +251,7 @@ def test_load_dino_from_a_folder(large, tmp_path):
     name = next(name for name in weights if "layers.1" in name or "layer.1" in name)
     del weights[name]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"cannot be loaded as a ViTModel: it lacks \S*layer"):
+    with pytest.raises(ValueError, match=r"cannot be loaded as a ViTModel: its weights lack \S*layer"):
         metrics.load_dino(tmp_path)
 
 
@@ -260,6 +260,16 @@ def test_loading_from_an_empty_folder_is_a_one_line_error(load, tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded as a") as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_pickles_are_not_opened(name, clip, tmp_path):
+    load, model = (metrics.load_dino, tiny_vit()) if name == "vit" else (metrics.load_clip, clip.model)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no file named model\.safetensors"):
+        load(tmp_path)
 
 
 # Text ----------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_attention import diffusers_maps
 
 import p2pz
@@ -299,6 +301,36 @@ def test_saved_maps_come_back(everything, tmp_path):
     )
     with pytest.raises(ValueError, match=r"maps .*no\.safetensors does not exist"):
         Recorded.load(tmp_path / "no.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("card", "rename", "cut", "message"),
+    [
+        ({"steps": "hello"}, {}, {}, "Expecting value"),
+        ({"tokens": "5"}, {}, {}, "not iterable"),
+        ({"timesteps": '["a"]'}, {}, {}, "invalid literal"),
+        ({"sites": '[{"a": 1}]'}, {}, {}, "path"),
+        ({"sites": "[" * 100000}, {}, {}, "recursion depth"),
+        ({"sites": "[]"}, {}, {}, "attn2"),
+        ({}, {"edit conditional": "edit"}, {}, "expected 3, got 2"),
+        ({}, {}, {0: 1}, "must be float32"),
+        ({}, {}, {-2: 5}, "must be float32"),
+        ({}, {}, {-1: 1}, "must be float32"),
+    ],
+    ids=range(10),
+)
+def test_saved_maps_that_are_damaged(everything, tmp_path, card, rename, cut, message):
+    path = tmp_path / "maps.safetensors"
+    everything.save(path)
+    with safe_open(path, "pt") as file:
+        tensors, known = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    for old, new in rename.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    for axis, size in cut.items():
+        tensors = {name: tensor.narrow(axis, 0, size).contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, known | card)
+    with pytest.raises(ValueError, match=rf"maps .*maps\.safetensors is damaged \(.*{message}.*: record them again$"):
+        Recorded.load(path)
 
 
 # Hooks.

@@ -4,7 +4,18 @@ from pathlib import Path
 
 from p2pz.weights.folder import find_tensors
 from p2pz.weights.hub import find_tokenizer
-from p2pz.weights.reading import Checkpoint, CheckpointError, Component, fill, load_tensors, read_json
+from p2pz.weights.reading import (
+    Checkpoint,
+    CheckpointError,
+    Component,
+    fill,
+    load_tensors,
+    printable,
+    read_json,
+    read_number,
+    read_numbers,
+    reason,
+)
 from p2pz.weights.source import open_checkpoint
 
 MINI_FOLDER = Path(__file__).resolve().parent / "mini"
@@ -20,5 +31,9 @@ __all__ = [
     "find_tokenizer",
     "load_tensors",
     "open_checkpoint",
+    "printable",
     "read_json",
+    "read_number",
+    "read_numbers",
+    "reason",
 ]

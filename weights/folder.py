@@ -10,6 +10,7 @@ from p2pz.weights.reading import (
     Component,
     Renames,
     conversion,
+    printable,
     read_json,
     read_tensors,
     rename,
@@ -27,6 +28,7 @@ TEXT_RENAMES: Renames = (
     (r"text_model\.(.*)", r"\1"),
 )
 TEXT_2_RENAMES: Renames = (TEXT_RENAMES[0], TEXT_RENAMES[2])  # whose text_projection is wanted
+LAYERS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")  # settings that count them
 COMPONENTS = {"unet": (), "vae": VAE_RENAMES, "text_encoder": TEXT_RENAMES}
 XL_COMPONENTS = COMPONENTS | {"text_encoder_2": TEXT_2_RENAMES}
 
@@ -75,11 +77,17 @@ def open_folder(folder: Path) -> Checkpoint:
 
 def check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
     """Raise CheckpointError if a `config.json` asks for more layers than there are tensors: it would take for ever."""
-    for key in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers"):
+    few, layers = f"but the weights beside it are {tensors} tensors only", 1
+    for key in LAYERS:
         counts = config.get(key)
-        for count in counts if isinstance(counts, list) else [counts]:
-            if isinstance(count, int) and count > tensors:
-                raise CheckpointError(f"{path}: {key} is {count}, but the weights beside it are {tensors} tensors only")
+        counts = counts if isinstance(counts, list) else [counts]
+        most = max((count for count in counts if isinstance(count, int) and count > 0), default=1)
+        layers *= most  # of one kind within those of another
+        if layers > tensors:
+            raise CheckpointError(f"{path}: {key} is {most}, {few}")
+    for key, value in config.items():  # some lists have an entry for each level, and it so many layers
+        if isinstance(value, list) and len(value) * layers > tensors:
+            raise CheckpointError(f"{path}: {printable(key)} has the length {len(value)}, {few}")
 
 
 def components_of(names: Collection[str]) -> dict[str, Renames]:

@@ -91,6 +91,41 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_number(
+    config: dict[str, Any], key: str, default: float | None = None, least: float = 1, most: float = 2**30
+) -> Any:
+    """A number of a `config.json`, which must be whole if `least` is.
+
+    Args:
+        config: the parsed file.
+        key: its name.
+        default: where the file does not have it; None: it must.
+        least, most: what is sensible.
+
+    Raises:
+        KeyError: it is not there.
+        ValueError: it is another thing, or beyond the limits; names it.
+    """
+    value = config[key] if default is None else config.get(key, default)
+    kinds = (int,) if isinstance(least, int) else (int, float)
+    if type(value) not in kinds or not least <= value <= most:
+        whole = "whole " if len(kinds) == 1 else ""
+        raise ValueError(f"its {key} is {printable(repr(value))}, but must be a {whole}number from {least} to {most}")
+    return value
+
+
+def read_numbers(config: dict[str, Any], key: str, levels: int = 0, default: int | None = None) -> tuple[int, ...]:
+    """A whole number for each level of a module; `levels`: how many, a single number then stands for all.
+
+    Raises KeyError and ValueError as `read_number` does.
+    """
+    value = config[key] if default is None else config.get(key, default)
+    values = value if isinstance(value, (list, tuple)) else [value] * levels
+    if not values or len(values) != (levels or len(values)):
+        raise ValueError(f"its {key} is {printable(repr(value))}, but must be a list of {levels or 'whole'} numbers")
+    return tuple(read_number({key: each}, key) for each in values)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, or of the files that an index names, memory-mapped.
 
@@ -226,6 +261,11 @@ def load_tensors(module: nn.Module, path: Path, renames: Renames = ()) -> None:
         CheckpointError: the file cannot be read, or its tensors do not fit; names them.
     """
     fill(module, rename(read_tensors(path), renames, path), path)
+
+
+def reason(error: Exception, most: int = 1000) -> str:
+    """What an exception says, in one line; its type if that is nothing."""
+    return printable(str(error), most) or type(error).__name__
 
 
 def printable(text: str, most: int = 100) -> str:
