@@ -53,7 +53,7 @@ class Inversion:
         image_latents: the encoded image, same shape.
         prompt: the caption it was inverted with.
         steps: steps of the inversion.
-        text_fingerprint: of the model it belongs to.
+        fingerprint: of the model it belongs to.
         path: the latents on the way, from the image's to the noise, `[steps + 1, 4, h, w]`, and
         picture: the image itself; both only if the settings' reference is `"path"`.
     """
@@ -62,7 +62,7 @@ class Inversion:
     image_latents: Tensor
     prompt: str
     steps: int
-    text_fingerprint: str
+    fingerprint: str
     path: Tensor | None = None
     picture: Image.Image | None = None
 
@@ -75,7 +75,7 @@ class Inversion:
         Raises:
             ValueError: the place cannot be written to.
         """
-        card = {"prompt": self.prompt, "steps": str(self.steps), "text_fingerprint": self.text_fingerprint}
+        card = {"prompt": self.prompt, "steps": str(self.steps), "fingerprint": self.fingerprint}
         tensors = {"latents": self.latents, "image_latents": self.image_latents}
         if self.path is not None:
             tensors |= {"path": self.path, "picture": torch.from_numpy(np.array(self.picture))}
@@ -91,7 +91,7 @@ class Inversion:
         Raises:
             ValueError: it is missing, is no inversion or is damaged.
         """
-        names, facts = ("latents", "image_latents"), ("prompt", "steps", "text_fingerprint")
+        names, facts = ("latents", "image_latents"), ("prompt", "steps", "fingerprint")
         tensors, card = load_tensors(path, "inversion", names, facts)
         with making_sense(path, "inversion", "invert the image again"):
             latents, image_latents, way, pixels = (tensors.get(name) for name in (*names, "path", "picture"))
@@ -106,11 +106,11 @@ class Inversion:
             if not all(tensor.isfinite().all() for tensor in (latents, image_latents, way) if tensor is not None):
                 raise ValueError("it holds numbers that are not finite")
         picture = None if pixels is None else Image.fromarray(pixels.numpy())
-        return cls(latents, image_latents, card["prompt"], steps, card["text_fingerprint"], way, picture)
+        return cls(latents, image_latents, card["prompt"], steps, card["fingerprint"], way, picture)
 
     def check_fits(self, model: Model) -> None:
         """Raise ValueError if the inversion was made with another model, or its picture is of another size."""
-        if self.text_fingerprint != model.text_fingerprint:
+        if self.fingerprint != model.fingerprint:
             raise ValueError("this inversion was made with another model: invert the image again with this one")
         height, width = (side * model.vae.config.downsampling for side in self.latents.shape[1:])
         if self.picture is not None and self.picture.size != (width, height):
@@ -296,7 +296,7 @@ def invert_pictures(
     path = (path if keep else path[[0, -1]]).cpu()
     return [
         Inversion(
-            latents[-1], latents[0], prompt, settings.steps, model.text_fingerprint,
+            latents[-1], latents[0], prompt, settings.steps, model.fingerprint,
             latents if keep else None, picture if keep else None,
         )
         for latents, prompt, picture in zip(path.unbind(1), prompts, pictures, strict=True)

@@ -51,6 +51,7 @@ class Model:
         unet, vae, text_encoder, tokenizer: the parts.
         prediction_type: what the UNet predicts, `"epsilon"` or `"v_prediction"`.
         text_fingerprint: short name of the text encoder's weights; directions carry it.
+        fingerprint: short name of the UNet's weights and of these; inversions carry it.
         tokenizer_2: of the second text encoder, if there are two (SDXL); `text_encoder` is then a list of both.
         max_memory: bytes of GPU memory that it may take, see `p2pz.memory`; None: any.
         checkpoint: the gradient of the map guidance computes activations again instead of keeping them.
@@ -64,6 +65,7 @@ class Model:
     tokenizer: CLIPTokenizer
     prediction_type: str
     text_fingerprint: str
+    fingerprint: str
     tokenizer_2: CLIPTokenizer | None = None
     max_memory: int | None = None
     checkpoint: bool = False
@@ -296,6 +298,7 @@ def load(
     vae = _load_module(VAE, VAEConfig, checkpoint.vae)
     text_encoder, tokenizers = _load_text(checkpoint, tokenizer)
     text_fingerprint = text.fingerprint(text_encoder)
+    unet_fingerprint = text.fingerprint(unet, ("conv_in.weight", "time_emb_proj.bias"))
     _check_text(text_encoder, unet.config, checkpoint.path)
     weights = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
     if budget is not None and weights > budget:
@@ -314,6 +317,7 @@ def load(
         tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
         prediction_type=prediction_type or "epsilon",
         text_fingerprint=text_fingerprint,
+        fingerprint=f"{unet_fingerprint}-{text_fingerprint}",
         max_memory=budget,
     )
     if prediction_type is None:

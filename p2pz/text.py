@@ -146,15 +146,20 @@ def load_tokenizer(folder: Path, encoder: nn.Module, pad_token: str | None = Non
     return tokenizer
 
 
-def fingerprint(encoder: nn.Module) -> str:
-    """Short name of a text encoder's weights, the same for the float16 and the float32 file of one checkpoint.
+TOLD_BY = "layer_norm2.weight", "final_layer_norm.bias", "position_embedding.weight"
+"""Endings of the names of some parameters that are small and no two text encoders share."""
+
+
+def fingerprint(module: nn.Module, told_by: tuple[str, ...] = TOLD_BY) -> str:
+    """Short name of a module's weights, the same for the float16 and the float32 file of one checkpoint.
 
     Args:
-        encoder: or a list of them; freshly loaded, not yet converted to another dtype.
+        module: a text encoder, or a list of them, or another; freshly loaded, not yet converted to another dtype.
+        told_by: endings of the names of the parameters that tell.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(encoder.named_parameters()):
-        if name.endswith(("layer_norm2.weight", "final_layer_norm.bias", "position_embedding.weight")):
+    for name, parameter in sorted(module.named_parameters()):
+        if name.endswith(told_by):
             digest.update(parameter.detach().half().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -452,7 +452,8 @@ def test_the_inversion_serves_as_the_reference_pass(model, pictures, cat_to_dog,
     passes = sum(rows)
     rows.clear()
     later = p2pz.edit(inversions, directions, blend=0.0, **settings | changes)
-    reference = STEPS * len(pictures) * (1 + ("negative_prompt" in changes)) * ("xa_guidance" not in changes)
+    begin, end = (round(share * STEPS) for share in changes.get("guided_steps", (0, 1)))
+    reference = (end - begin) * len(pictures) * (1 + ("negative_prompt" in changes)) * ("xa_guidance" not in changes)
     own = reference if "negative_prompt" in changes else 0  # which the inversion knew nothing of
     assert passes - STEPS * len(pictures) - own == sum(rows) - reference > 0
     for ours, theirs in zip(*map(itertools.chain.from_iterable, (direct, later)), strict=True):
@@ -545,7 +546,7 @@ def on_its_path(model, pictures):
     inversion = p2pz.invert(pictures[0], model=model, steps=2, prompt="a cat", reference="path", progress=False)
     tensors = {name: getattr(inversion, name) for name in ("latents", "image_latents", "path")}
     tensors["picture"] = torch.from_numpy(np.array(inversion.picture))
-    return tensors, {"prompt": "a cat", "steps": "2", "text_fingerprint": model.text_fingerprint}
+    return tensors, {"prompt": "a cat", "steps": "2", "fingerprint": model.fingerprint}
 
 
 @pytest.mark.parametrize(

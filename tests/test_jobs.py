@@ -125,7 +125,7 @@ def test_an_image_that_fails_does_not_lose_its_batch(edited, tools):
 
 
 def test_a_bad_inversion_does_not_keep_others_from_being_edited(tools):
-    latents, fingerprint = torch.randn(4, 32, 32), tools.model.text_fingerprint
+    latents, fingerprint = torch.randn(4, 32, 32), tools.model.fingerprint
     p2pz.Inversion(latents[:3], 2 * latents[:3], "a cat", 1, fingerprint).save("photos/damaged.safetensors")
     path, picture = latents.repeat(2, 1, 1, 1), Image.new("RGB", (1, 1))
     small = p2pz.Inversion(latents, 2 * latents, "a cat", 1, fingerprint, path, picture)
