@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from diffusers.pipelines.deprecated.stable_diffusion_variants import StableDiffu
 from PIL import Image
 
 import p2pz
+from p2pz import editing
 from p2pz.attention import keep_queries_and_keys, plain, record_cross_attention
 from p2pz.directions import Direction
 from p2pz.editing import edit_latents, map_gradient, mask_of_change
@@ -330,6 +332,33 @@ def test_the_bundled_model_has_its_own_numbers(model):
 def test_wrong_arguments_are_told_in_a_line(model, pictures, cat_to_dog, options, message):
     with pytest.raises(ValueError, match=message):
         p2pz.edit(pictures[0], cat_to_dog, **{"model": model} | options)
+
+
+def test_what_cannot_be_edited_is_told_before_the_work(model, pictures, cat_to_dog, monkeypatch):
+    settings = {"model": model, "steps": 2, "prompt": "a cat", "progress": False}
+    inversion, pathless = (p2pz.invert(pictures[0], reference=each, **settings) for each in ("path", "denoised"))
+    other = replace(model, fingerprint="another UNet")
+    monkeypatch.setattr(UNet, "predict", lambda *_: pytest.fail("the work has begun"))
+    for items, worker, message in (
+        ([pictures[1], pathless], model, "which was not kept"),
+        ([pictures[1], inversion], other, "made with another model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            p2pz.edit(items, cat_to_dog, **settings | {"model": worker}, batch_size=1)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"outside of torch.inference_mode\(\)"):
+        p2pz.edit(pictures[0], cat_to_dog, **settings)
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "a dog"])
+def test_token_weights_are_of_the_captions_own_halves(model, pictures, cat_to_dog, negative_prompt, monkeypatch):
+    """Places in a caption mean nothing in another negative prompt."""
+    seen, gradient = [], editing.map_gradient
+    monkeypatch.setattr(editing, "map_gradient", lambda *arguments: seen.append(arguments[-1]) or gradient(*arguments))
+    options = {"guidance": 2.0, "gradient": "halves", "steps": 1, "negative_prompt": negative_prompt, "progress": False}
+    p2pz.edit(pictures[0], cat_to_dog, model=model, prompt="a cat", token_weights={"cat": 0.5}, **options)
+    negative, conditional = seen[0]
+    assert conditional.tolist() == [1.0, 1.0, 0.5] + [1.0] * 74
+    assert torch.equal(negative, conditional if negative_prompt is None else torch.ones(77))
 
 
 def test_numbers_of_numpy_are_numbers(model, pictures, cat_to_dog):

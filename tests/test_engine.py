@@ -94,6 +94,20 @@ def test_graphs_hold_neither_queries_nor_maps_of_an_edit(monkeypatch):
     assert recorder() is None and not any(ref() is not None for ref in [*tables, *maps])
 
 
+def test_recorded_work_is_of_one_kind_of_prediction():
+    """Models made by `replace` share it."""
+    model = replace(p2pz.load(MINI_FOLDER, device="cpu"), graphs=Keeping())
+    picture, settings = mini_world.render(mini_world.task_pair("cat->dog", 0)[0]), {"steps": 1, "progress": False}
+    kinds = []
+    for prediction_type in ("epsilon", "v_prediction"):
+        worker = replace(model, prediction_type=prediction_type)
+        p2pz.edit(picture, "cat->dog", model=worker, prompt="a cat", **settings)
+        p2pz.sample("a cat", model=worker, **settings)
+        p2pz.prompt_to_prompt(picture, "cat->dog", model=worker, prompt="a cat", **settings)
+        kinds.append({kind for kind in model.graphs.graphs if kind[0] not in ("mask", "encode", "decode")})
+    assert len(kinds[1]) == 2 * len(kinds[0]) >= 8
+
+
 @needs_gpu
 def test_results_survive_the_next_run(device):
     graphs = Graphs()
