@@ -205,6 +205,12 @@ def invert_latents(
     conditioning = model.condition(schedule.timesteps, context, image_latents.shape[2:])
     constants = [*conditioning, schedule.alphas]
     if any(strengths):
+        height, width = image_latents.shape[2:]
+        if width < 2 ** (len(pyramid_heights(height)) - 1):
+            raise ValueError(
+                f"an image with latents {height} high and {width} wide is too tall for the regulariser, whose pyramid "
+                "is built on the height: crop it, or give autocorrelation_strength=0, kl_strength=0"
+            )
         offsets = [draw_offsets(generator, settings, *image_latents.shape[1:3]) for _ in range(len(schedule))]
         constants.append(torch.stack(offsets))
     constants = [tensor.to(model.device) for tensor in constants]

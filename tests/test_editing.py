@@ -361,6 +361,13 @@ def test_token_weights_are_of_the_captions_own_halves(model, pictures, cat_to_do
     assert torch.equal(negative, conditional if negative_prompt is None else torch.ones(77))
 
 
+def test_a_picture_too_tall_for_the_regulariser_is_told_so(model):
+    settings = {"model": model, "prompt": "a cat", "steps": 1, "progress": False, "kl_strength": 1.0}
+    with pytest.raises(ValueError, match="latents 73 high and 14 wide is too tall for the regulariser.*: crop it"):
+        p2pz.invert(Image.new("RGB", (100, 520)), **settings)
+    assert p2pz.invert(Image.new("RGB", (520, 100)), **settings).latents.shape == (4, 14, 73)
+
+
 def test_numbers_of_numpy_are_numbers(model, pictures, cat_to_dog):
     runs = [
         p2pz.edit(pictures[0], cat_to_dog, model=model, steps=number(2), seed=number(3), progress=False)
