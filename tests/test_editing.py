@@ -363,7 +363,7 @@ def test_token_weights_are_of_the_captions_own_halves(model, pictures, cat_to_do
 
 def test_a_picture_too_tall_for_the_regulariser_is_told_so(model):
     settings = {"model": model, "prompt": "a cat", "steps": 1, "progress": False, "kl_strength": 1.0}
-    with pytest.raises(ValueError, match="latents 73 high and 14 wide is too tall for the regulariser.*: crop it"):
+    with pytest.raises(ValueError, match=r"latents 73 high and 14 wide is too tall for the regulariser.*: crop it"):
         p2pz.invert(Image.new("RGB", (100, 520)), **settings)
     assert p2pz.invert(Image.new("RGB", (520, 100)), **settings).latents.shape == (4, 14, 73)
 
