@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -141,7 +142,7 @@ def _report(args: argparse.Namespace, record: dict[str, Any]) -> None:
         _complain("error", error if image in error else f"{image}: {error}")
         return
     inverted = image.endswith(".safetensors")
-    facts = f'"{_one_line(record["prompt"])}"', "from inversion" if inverted else f"reconstruction {quality:.1f} dB"
+    facts = f'"{_short(record["prompt"])}"', "from inversion" if inverted else f"reconstruction {quality:.1f} dB"
     _say(args, f"wrote {record['output']}: {', '.join(facts)}, {record['seconds']:.1f} s")
 
 
@@ -171,7 +172,7 @@ def sample_command(args: argparse.Namespace) -> int:
             progress=_progress(args),
         )
         save_image(pictures[0], output)
-        _say_written(args, output, f'"{_one_line(prompt)}"', f"seed {args.seed + i}", start=start)
+        _say_written(args, output, f'"{_short(prompt)}"', f"seed {args.seed + i}", start=start)
     return 0
 
 
@@ -199,7 +200,7 @@ def invert_command(args: argparse.Namespace) -> int:
         progress=_progress(args),
     )
     inversion.save(output)
-    _say_written(args, output, f'"{_one_line(inversion.prompt)}"', f"{inversion.steps} steps", start=start)
+    _say_written(args, output, f'"{_short(inversion.prompt)}"', f"{inversion.steps} steps", start=start)
     return 0
 
 
@@ -274,7 +275,7 @@ def maps_command(args: argparse.Namespace) -> int:
     for sheet, output in zip(sheets, outputs, strict=True):
         save_image(sheet, output)
     run.save(table)
-    _say_written(args, table.parent, f'"{_one_line(prompt)}"', f"{len(sheets)} pictures and the maps", start=start)
+    _say_written(args, table.parent, f'"{_short(prompt)}"', f"{len(sheets)} pictures and the maps", start=start)
     return 0
 
 
@@ -413,6 +414,11 @@ def _complain(kind: str, message: object) -> None:
         with tqdm.external_write_mode(sys.stderr):
             line = f"p2pz: {process}{kind}: {_one_line(message) or type(message).__name__}"
             print(line, file=sys.stderr, flush=True)
+
+
+def _short(text: str) -> str:
+    """The beginning of a caption that may be a page."""
+    return textwrap.shorten(text, 150, placeholder=" ...")
 
 
 def _one_line(text: object) -> str:

@@ -171,7 +171,7 @@ def _tokens(tokenizer: CLIPTokenizer, sentences: list[str], warn: bool = True) -
         all_ids = tokenizer(sentences).input_ids
     for sentence, ids in zip(sentences, all_ids, strict=True):
         if warn and len(ids) > length:
-            warnings.warn(f"only the first {length - 2} tokens count of: {sentence}", stacklevel=4)
+            warnings.warn(f"only the first {length - 2} tokens count of: {printable(sentence, 200)}", stacklevel=4)
     padding = [tokenizer.pad_token_id] * length
     rows = [[*ids[: length - 1], ids[-1]] if len(ids) > length else (ids + padding)[:length] for ids in all_ids]
     return torch.tensor(rows)

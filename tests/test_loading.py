@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import p2pz
 from p2pz.sampling import sample_latents
 from p2pz.unet import UNet, UNetConfig
-from p2pz.weights import MINI_FOLDER, CheckpointError, find_tensors, load_tensors, read_json, reason
+from p2pz.weights import MINI_FOLDER, CheckpointError, fill, find_tensors, read_json, read_tensors, reason
 from p2pz.weights.folder import VAE_RENAMES, rename
 
 SENTENCES = ["a photo of a cat on the beach", "", "A sketch, of a dog!", "a cat " * 60]
@@ -133,7 +133,11 @@ def part_file(tmp_path):
     return path
 
 
-def test_load_tensors_fills_a_module_without_storage(part_file):
+def load_tensors(module, path):
+    fill(module, read_tensors(path), path)
+
+
+def test_tensors_fill_a_module_without_storage(part_file):
     change_tensors(part_file, lambda tensors: tensors.update({"b.weight": tensors["b.weight"].half()}))
     with torch.device("meta"):
         part = Part()

@@ -9,11 +9,11 @@ from p2pz.weights.reading import (
     CheckpointError,
     Component,
     fill,
-    load_tensors,
     printable,
     read_json,
     read_number,
     read_numbers,
+    read_tensors,
     reason,
 )
 from p2pz.weights.source import open_checkpoint
@@ -29,11 +29,11 @@ __all__ = [
     "fill",
     "find_tensors",
     "find_tokenizer",
-    "load_tensors",
     "open_checkpoint",
     "printable",
     "read_json",
     "read_number",
     "read_numbers",
+    "read_tensors",
     "reason",
 ]

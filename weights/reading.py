@@ -249,20 +249,6 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, layout: str 
     module.load_state_dict(tensors, strict=True, assign=True)
 
 
-def load_tensors(module: nn.Module, path: Path, renames: Renames = ()) -> None:
-    """Fill a module with the tensors of a safetensors file, see `read_tensors`, `rename` and `fill`.
-
-    Args:
-        module: takes over the file's tensors, in the file's dtype.
-        path: the safetensors file or index.
-        renames: rows that turn the file's names into the module's.
-
-    Raises:
-        CheckpointError: the file cannot be read, or its tensors do not fit; names them.
-    """
-    fill(module, rename(read_tensors(path), renames, path), path)
-
-
 def reason(error: Exception, most: int = 1000) -> str:
     """What an exception says, in one line; its type if that is nothing."""
     return printable(str(error), most) or type(error).__name__
