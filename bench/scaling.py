@@ -119,7 +119,7 @@ def run(photos: Path, out: Path, count: int, batch: int, options: list[str]) -> 
     result["processes"] = [
         process_times(
             [output.stat().st_mtime - began for output in share],
-            [records[str(output)]["seconds"] for output in share],
+            [records[output.name]["seconds"] for output in share],
             batch,
         )
         for share in shares

@@ -96,7 +96,8 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
         inside = [file for file in inside if file.is_file() and not file.name.startswith(".")]
         if not inside:
             raise ValueError(f"folder {path} has no images: their names end in {', '.join(IMAGE_ENDINGS)}")
-        others = sorted({file.name for file in path.iterdir() if file.name[0] != "."} - {file.name for file in inside})
+        others = {file.name for file in path.iterdir() if not file.is_dir() and file.name[0] != "."}
+        others = sorted(others - {file.name for file in inside})
         others = [name for name in others if (mimetypes.guess_type(name)[0] or "").startswith("image/")]
         if others:
             named = ", ".join(others[:3]) + " ..." * (len(others) > 3)

@@ -1,6 +1,7 @@
 """The command line: what it writes and says, and one line and a status for everything that can go wrong."""
 
 import functools
+import io
 import json
 import os
 import re
@@ -532,6 +533,8 @@ def test_interrupted_work_leaves_nothing_behind(name, old, p2pz_, monkeypatch, t
         return ddim_step(*args)
 
     def save(self, path, *args, **kwargs):
+        if isinstance(path, io.BytesIO):  # a trial whether the format can be written
+            return
         path.write_bytes(b"half of it")
         raise KeyboardInterrupt
 

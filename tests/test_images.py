@@ -1,5 +1,6 @@
 """Images in and out: every accepted form, exact round trips, files whole or not at all."""
 
+import io
 import os
 import stat
 import struct
@@ -347,6 +348,8 @@ def test_saved_files_have_ordinary_permissions(umask, pixels, tmp_path):
 @pytest.mark.parametrize("old", [b"old", None])
 def test_failing_save_leaves_everything_as_it_was(error, old, pixels, tmp_path, monkeypatch):
     def fail(self, path, *args, **kwargs):
+        if isinstance(path, io.BytesIO):  # a trial whether the format can be written
+            return
         path.write_bytes(b"half of it")
         raise error("disk full")
 

@@ -108,7 +108,7 @@ def test_too_small_a_budget_is_one_line_before_any_work(model, pictures, cat_to_
         assert "\n" not in str(caught.value)
     inversion = p2pz.Inversion(torch.zeros(4, 48, 16), torch.zeros(4, 48, 16), "a", 2, model.fingerprint)
     with pytest.raises(ValueError, match="an image of 64 x 192"):
-        p2pz.edit(inversion, cat_to_dog, model=tight)
+        p2pz.edit(inversion, cat_to_dog, model=tight, reference="denoised")
 
 
 def test_the_budget_is_checked():
