@@ -418,7 +418,7 @@ def _complain(kind: str, message: object) -> None:
 
 def _short(text: str) -> str:
     """The beginning of a caption that may be a page."""
-    return textwrap.shorten(text, 150, placeholder=" ...")
+    return textwrap.shorten(text, 500, placeholder=" ...")
 
 
 def _one_line(text: object) -> str:
