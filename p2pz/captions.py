@@ -17,7 +17,7 @@ from PIL import Image
 from p2pz.clip import load_mini_clip
 from p2pz.engine import explain_out_of_memory
 from p2pz.images import ImageLike, as_list, read_image
-from p2pz.model import Model, find_device, load
+from p2pz.model import Model, find_device, loaded
 from p2pz.text import load_pretrained, quiet_transformers
 from p2pz.weights import mini_world, reason
 
@@ -111,7 +111,7 @@ def caption(
     images, single = as_list(img)
     pictures = [read_image(image) for image in images]
     if captioner is None:
-        model = model or load()
+        model = loaded(model)
         if not model.is_mini:
             raise ValueError(
                 "this model cannot caption images: give a prompt that says what the image shows, or a captioner"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from p2pz.images import to_tensor
 from p2pz.model import Model
-from p2pz.text import quiet_transformers
+from p2pz.text import load_pretrained, quiet_transformers
 from p2pz.weights import MINI_FOLDER, CheckpointError
 
 if TYPE_CHECKING:
@@ -81,6 +81,5 @@ def load_mini_clip(model: Model) -> Clip:
         name: tensor.to(model.device, model.dtype) for name, tensor in load_file(folder / "heads.safetensors").items()
     }
     with quiet_transformers():
-        vision = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    vision = vision.to(model.device, model.dtype).eval().requires_grad_(False)
-    return Clip(model, vision, heads["text_projection.weight"], heads["logit_scale"])
+        vision = load_pretrained(CLIPVisionModelWithProjection, folder, local_files_only=True)
+    return Clip(model, vision.to(model.device, model.dtype), heads["text_projection.weight"], heads["logit_scale"])

@@ -148,10 +148,10 @@ def followed_rows(settings: Settings) -> int:
     return 1 if settings.gradient == "conditional" or settings.guidance == 1 else 2
 
 
-def guided_range(settings: Settings) -> tuple[int, int]:
-    """Numbers of the first step with map guidance, and of the first one without it again; equal if there is none."""
+def guided_range(settings: Settings) -> range:
+    """Numbers of the steps with map guidance."""
     begin, end = (round(share * settings.steps) for share in settings.guided_steps)
-    return begin, end if settings.xa_guidance else begin
+    return range(begin, end if settings.xa_guidance else begin)
 
 
 def _spread(states: Tensor, images: int, copies: int, halves: int) -> Tensor:
@@ -276,8 +276,8 @@ def edit_latents(
     shifts = torch.cat([shifts, shifts[-1:]])
     alphas = torch.cat([schedule.alphas, schedule.alphas[-1:, 1:].expand(1, 2)])
     scales = torch.tensor([settings.guidance, settings.xa_guidance])
-    begin, end = guided_range(settings)
-    layers = len(model.unet.cross_attention_paths) if begin < end else 0  # whose queries the reference leaves
+    guided_steps = guided_range(settings)
+    layers = len(model.unet.cross_attention_paths) if guided_steps else 0  # whose queries the reference leaves
     followed = followed_rows(settings)
 
     tables = [shifts, keys_values, alphas, scales]
@@ -293,9 +293,7 @@ def edit_latents(
     edit_parts = parts[: 1 + pairs]
     guided_parts = edit_parts[-followed:]
     own_parts = [part._replace(ahead=0) for part in parts[1 + pairs :]]  # of a pass of the reference alone
-    # A reference on the path has passes of its own, of the inversion's form: so its queries are those of the inversion
-    # to the last bit. It has none if there are these queries, of which its maps can be made too, or nobody looks.
-    passes = on_path and queries is None and bool(layers or recorder or hooks != Hooks())
+    looks = recorder is not None or hooks != Hooks()  # at steps without map guidance too
     kept_layers = len(queries or ())  # a recorded step lives longer than the queries, so it must not hold them
     if on_path:
         parts = edit_parts
@@ -315,7 +313,7 @@ def edit_latents(
     def maps_of_reference(given: Sequence[Tensor], keys_values: Tensor, index: Tensor) -> list[Tensor]:
         """What a recorder is to keep, of the inversion's queries: no output is wanted."""
         maps: list[Tensor] = []
-        watch = watcher.watch(lambda q, *_: q, own_parts, maps, None if index.is_cuda else int(index))
+        watch = watcher.watch(lambda q, *_: q, own_parts, maps, index)
         sites = [site for site in model.unet.sites(*noise.shape[2:]) if site.kind == "cross"]
         for q, k, site in zip(given, model.unet.keys(keys_values[edit_rows:]).values(), sites, strict=True):
             watch(q, k, k, site)
@@ -347,10 +345,12 @@ def edit_latents(
         path_table, weights = unpack(constants)
         now, alphas_now = row(shifts, index), row(alphas, index)
         given, reference_maps = before[:layers], []
-        if kept_layers and (guiding or watcher):
+        # A reference on the path has a pass of its own, of the inversion's form: so its queries are those of the
+        # inversion to the last bit. It has none if there are these queries, of which its maps can be made too.
+        if on_path and (guiding or looks) and kept_layers:
             given = constants[len(constants) - kept_layers :]
             reference_maps = maps_of_reference(given, keys_values, index) if watcher else []
-        if passes and (guiding or watcher or hooks != Hooks()):
+        elif on_path and (guiding or looks):
             _, given, reference_maps = pass_of_reference(row(path_table, index), now, keys_values, index)
 
         moved = halves(latents)
@@ -391,8 +391,8 @@ def edit_latents(
         return [latents, reference, *reference_queries(kept), *maps]
 
     kind = (
-        "edit", id(model.unet), model.prediction_type, model.checkpoint, pairs, reference_pairs, layers, on_path,
-        passes, settings.gradient, settings.resolution_weights, token_weights is not None, recorder and recorder.key,
+        "edit", id(model.unet), model.prediction_type, model.checkpoint, pairs, reference_pairs, layers, kept_layers,
+        on_path, settings.gradient, settings.resolution_weights, token_weights is not None, recorder and recorder.key,
     )  # fmt: skip
     graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
     empty_maps, each = [], None
@@ -414,12 +414,13 @@ def edit_latents(
             recorder.take(0, own_parts, kept[layers:])
     state = [noise.repeat(copies, 1, 1, 1), reference, *kept[:layers], *empty_maps]
     backwards = [table.unbind()[::-1] for table in queries or ()]
+    begin, end = guided_steps.start, guided_steps.stop
     for first_step, last_step, guiding in ((0, begin, False), (begin, end, True), (end, steps, False)):
         count = last_step - first_step
         if count:
             state = graphs.run(
                 (*kind, guiding), partial(step, guiding), state, constants, count, "editing", hide(progress), each,
-                first_step, backwards if guiding or recorder else (),
+                first_step, backwards if guiding or looks else (),
             )  # fmt: skip
     latents, reference, *_ = state
     return latents, reference
@@ -496,7 +497,7 @@ def edit(
         warnings.warn("a negative prompt does nothing at guidance 1: give a larger guidance too", stacklevel=3)
 
     rows = max(2 + (each.guidance != 1) * (1 + (negative_prompt is not None)) for each in numbers)
-    guided_rows = max((begin < end) * followed_rows(each) for each in numbers for begin, end in [guided_range(each)])
+    guided_rows = max(bool(guided_range(each)) * followed_rows(each) for each in numbers)
     if guided_rows and torch.is_inference_mode_enabled():
         raise ValueError("map guidance needs gradients: call edit outside of torch.inference_mode()")
 

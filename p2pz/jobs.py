@@ -92,12 +92,11 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_ENDINGS]
-        inside = [file for file in inside if file.is_file() and not file.name.startswith(".")]
+        shown = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
+        inside = [file for file in shown if file.suffix.lower() in IMAGE_ENDINGS and file.is_file()]
         if not inside:
             raise ValueError(f"folder {path} has no images: their names end in {', '.join(IMAGE_ENDINGS)}")
-        others = {file.name for file in path.iterdir() if not file.is_dir() and file.name[0] != "."}
-        others = sorted(others - {file.name for file in inside})
+        others = [file.name for file in sorted({*shown} - {*inside}) if not file.is_dir()]
         others = [name for name in others if (mimetypes.guess_type(name)[0] or "").startswith("image/")]
         if others:
             named = ", ".join(others[:3]) + " ..." * (len(others) > 3)

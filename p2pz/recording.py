@@ -244,7 +244,7 @@ class Recorder:
         }
         return [latents.new_zeros(shape, dtype=self.dtype) for shape in shapes.values()]
 
-    def watch(self, attend: Attend, parts: Sequence[Part], maps: list[Tensor], step: int | None = None) -> Attend:
+    def watch(self, attend: Attend, parts: Sequence[Part], maps: list[Tensor], index: Tensor | None = None) -> Attend:
         """An `attend` that also leaves the maps of the wanted layers and parts.
 
         They are those of the layer's own queries and keys, also if `attend` makes something else of these. On the CPU
@@ -254,9 +254,10 @@ class Recorder:
             attend: gives the output.
             parts: of the batch.
             maps: receives `[rows, N, T]` or `[rows, H, N, T]`, layer by layer and in each part by part.
-            step: number of the step, if known: maps of a step that nobody wants are then left empty.
+            index: number of the step, `[1]`, if known: on the CPU maps of a step that nobody wants are then left empty.
         """
         chosen = self._parts(parts)
+        step = None if index is None or index.is_cuda else int(index)
 
         def unwanted(part: Part) -> bool:
             return step is not None and step + part.ahead not in self._timesteps
@@ -350,7 +351,7 @@ def hooks_in_step(
     told = hooks_by_parts(hooks, parts, index, timesteps)
     if not recorder:
         return told
-    return told._replace(attend=recorder.watch(told.attend, parts, maps, None if index.is_cuda else int(index)))
+    return told._replace(attend=recorder.watch(told.attend, parts, maps, index))
 
 
 def record(
