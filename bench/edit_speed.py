@@ -80,6 +80,7 @@ from p2pz.images import to_pictures, to_tensor
 from p2pz.inversion import invert_latents
 from p2pz.kernels import regularise_noise
 from p2pz.kernels.regulariser import pyramid_heights
+from p2pz.memory import tables_for_queries
 from p2pz.presets import Settings, settings_for
 from p2pz.schedule import Schedule, ddim_step, denoising_schedule, inversion_schedule, to_epsilon
 from p2pz.sentences import bank_sentences
@@ -297,7 +298,8 @@ class P2pz:
         noise, caption, edited = self.setup.noise(dtype=torch.float32), self.contexts[:1], self.contexts[1:]
         left: dict[str, Any] = {}
         if self.settings.reference == "path":  # the inversion has been the reference's pass
-            left["queries"] = []
+            picture = (self.setup.sides[1], self.setup.sides[1])
+            left["queries"] = tables_for_queries(self.model, picture, 1, self.settings.steps)
             inverted = self.model, self.encode()(), caption, self.settings, seeded(), False
             left["path"] = invert_latents(*inverted, queries=left["queries"])
             noise = left["path"][-1]

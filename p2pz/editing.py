@@ -34,7 +34,7 @@ from p2pz.directions import Direction, direction, parse_direction
 from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
 from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
-from p2pz.memory import batches_for, queries_fit
+from p2pz.memory import batches_for, tables_for_queries
 from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
 from p2pz.recording import Recorder, hooks_in_step
@@ -522,9 +522,9 @@ def edit(
         inversions = {i: items[i] for i in batch if i not in pictures}
         captions = [prompts[i] for i in batch]
         caption, weights = model.encode_text(captions), _map_weights(model, captions, token_weights)
-        there_is_room = queries_fit(model, sizes[batch[0]], len(batch), numbers[0].steps)
-        wanted = as_inverted and guided_rows > 0 and len(fresh) == len(batch)
-        queries = [] if wanted and there_is_room else None  # None: computed again
+        queries = None  # computed again
+        if as_inverted and guided_rows > 0 and len(fresh) == len(batch):
+            queries = tables_for_queries(model, sizes[batch[0]], len(batch), numbers[0].steps)
         if fresh:
             own = caption[[batch.index(i) for i in fresh]]
             made = invert_pictures(

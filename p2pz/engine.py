@@ -168,8 +168,8 @@ class Graphs:
             hide_progress: as tqdm's `disable`.
             each: called after every step with its number and the state, whose tensors the next step may overwrite.
             first: number of the first step.
-            tables: those that are too large to be copied for a recording; a step finds its row of each behind the
-                constants.
+            tables: those that are too large to be copied for a recording, on the GPU or in pinned host memory; a step
+                finds its row of each behind the constants.
 
         Returns:
             The state after the last step.
@@ -177,7 +177,8 @@ class Graphs:
         index = torch.full((1,), first, dtype=torch.int64, device=state[0].device)
         if not self._records(state):
             for i in tqdm(range(count), label, disable=hide_progress, leave=False):
-                state = step(index, state, [*constants, *(table[first + i] for table in tables)])
+                rows = [table[first + i].to(index.device, non_blocking=True) for table in tables]
+                state = step(index, state, [*constants, *rows])
                 index = index + 1
                 if each:
                     each(first + i, state)
@@ -192,13 +193,13 @@ class Graphs:
             return places
 
         with torch.cuda.device(index.device):  # streams are the current device's
-            arguments = [index, *state, *constants, *(table[first] for table in tables)]
+            arguments = [index, *state, *constants, *(table[first].to(index.device) for table in tables)]
             graph = self.find(kind, advance, arguments)
             graph.load(arguments)
             bar = tqdm(range(count), label, disable=hide_progress, leave=False)
             for i in bar:
-                if tables:
-                    torch._foreach_copy_(graph.arguments[-len(tables) :], [table[first + i] for table in tables])
+                for place, table in zip(graph.arguments[len(arguments) - len(tables) :], tables, strict=True):
+                    place.copy_(table[first + i], non_blocking=True)
                 graph.replay()
                 if each:
                     each(first + i, graph.results)

@@ -151,7 +151,7 @@ def invert_latents(
     progress: bool | None = None,
     attend: Attend | Hooks = plain,
     recorder: Recorder | None = None,
-    queries: list[Tensor] | None = None,
+    queries: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Walk from image latents to noise.
 
@@ -165,7 +165,8 @@ def invert_latents(
         attend: what happens in every attention layer, or `Hooks` of that and of features, see `p2pz.attention`; any but
             the default runs unrecorded.
         recorder: keeps cross-attention maps, see `p2pz.recording`.
-        queries: receives those of each cross-attention layer at each step, `[n, B, N, H, D]`, on the model's device.
+        queries: receives those of each cross-attention layer at each step, `[n, B, N, H, D]`, see
+            `p2pz.memory.tables_for_queries`.
 
     Returns:
         The latents on the way, from the image's to the noise, `[n + 1, B, 4, h, w]` float32 for n steps.
@@ -198,7 +199,8 @@ def invert_latents(
     def each(i: int, state: Tensors) -> None:
         path.append(state[0].clone())
         if queries is not None:
-            torch._foreach_copy_([table[i] for table in queries], list(state[1 : 1 + len(queries)]))
+            for table, found in zip(queries, state[1 : 1 + len(queries)], strict=True):
+                table[i].copy_(found, non_blocking=True)
         if recorder:
             recorder.take(i, parts, state[1 + len(queries or ()) :])
 
@@ -216,10 +218,7 @@ def invert_latents(
     constants = [tensor.to(model.device) for tensor in constants]
     state = [image_latents]
     if queries is not None:
-        for shape in model.unet.query_shapes(*image_latents.shape[2:]):
-            shape = len(schedule), len(image_latents), *shape
-            queries.append(torch.empty(shape, device=model.device, dtype=model.dtype))
-            state.append(queries[-1][0])
+        state += [torch.empty_like(table[0], device=model.device) for table in queries]
     if recorder:
         state += recorder.begin(model.unet, parts, image_latents, schedule.timesteps, conditioning.keys_values.shape[1])
     watcher = recorder and recorder.watcher()
@@ -268,7 +267,7 @@ def invert_pictures(
     context: Tensor | None = None,
     attend: Attend | Hooks = plain,
     recorder: Recorder | None = None,
-    queries: list[Tensor] | None = None,
+    queries: Sequence[Tensor] | None = None,
 ) -> list[Inversion]:
     """Invert pictures of one size as one batch.
 

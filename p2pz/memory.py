@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from p2pz.images import same_size_groups
 from p2pz.model import GIB, Model, vae_dtype
@@ -19,7 +19,7 @@ from p2pz.model import GIB, Model, vae_dtype
 # libraries' work space included. The checkpointed gradient is twice: with 80 maps an edit of 2 guided rows took
 # 3.07 GiB of a budget of 3.
 FORWARD, GRADIENT, CHECKPOINTED = 48.0, 266.0, 110.0
-# What an edit may keep of its inversion, see `queries_fit`: so much of a GPU's memory, or bytes of the host's.
+# What an edit may keep of its inversion, see `place_of_queries`: so much of a GPU's memory, or bytes of the host's.
 SHARE_OF_A_GPU, MOST_ON_THE_HOST = 1 / 9, 2 * GIB
 # What an edit keeps between passes for each row: queries of the reference, its keys and values, where graphs read them.
 KEPT = 20.0
@@ -177,11 +177,12 @@ def batches_for(
     return batches
 
 
-def queries_fit(model: Model, size: tuple[int, int], images: int, steps: int) -> bool:
-    """Whether an edit keeps the queries of all steps of its inversion instead of computing them again.
+def place_of_queries(model: Model, size: tuple[int, int], images: int, steps: int) -> torch.device | None:
+    """Where an edit keeps the queries of all steps of its inversion; None: nowhere, it computes them again.
 
-    A GPU of 12 GB does so for one image of 512 x 512; one with a budget, or smaller, never. It depends on nothing that
-    changes while the machine is used, since the two ways may differ by rounding.
+    A GPU of 12 GB keeps those of one image of 512 x 512. One that is smaller, or has a budget, leaves them in host
+    memory, from where a step's take half a millisecond, an eighth of the pass that would compute them. It depends on
+    nothing that changes while the machine is used, since computing them in another batch may differ by rounding.
 
     Args:
         model: the model.
@@ -189,16 +190,32 @@ def queries_fit(model: Model, size: tuple[int, int], images: int, steps: int) ->
         images: in a batch.
         steps: of the inversion.
     """
-    if model.max_memory is not None:
-        return False
-    there = MOST_ON_THE_HOST
-    if model.device.type == "cuda":
-        there = torch.cuda.get_device_properties(model.device).total_memory * SHARE_OF_A_GPU
-    return images * bytes_of_queries(model, size, steps, model.dtype) <= there
+    needed = images * bytes_of_queries(model, size, steps, model.dtype)
+    on_the_gpu = 0.0
+    if model.device.type == "cuda" and model.max_memory is None:
+        on_the_gpu = torch.cuda.get_device_properties(model.device).total_memory * SHARE_OF_A_GPU
+    if needed <= on_the_gpu:
+        return model.device
+    return torch.device("cpu") if needed <= MOST_ON_THE_HOST else None
+
+
+def tables_for_queries(model: Model, size: tuple[int, int], images: int, steps: int) -> list[Tensor] | None:
+    """Room for the queries of all steps of an inversion, `[steps, images, N, H, D]` for each layer, or None for none.
+
+    Args:
+        model, size, images, steps: see `place_of_queries`.
+    """
+    place = place_of_queries(model, size, images, steps)
+    if place is None:
+        return None
+    pinned = place != model.device  # so that copies wait for nothing but their turn
+    latents = (side // model.vae.config.downsampling for side in size)
+    shapes = [(steps, images, *shape) for shape in model.unet.query_shapes(*latents)]
+    return [torch.empty(shape, dtype=model.dtype, device=place, pin_memory=pinned) for shape in shapes]
 
 
 def bytes_of_queries(model: Model, size: tuple[int, int], steps: int, dtype: torch.dtype) -> int:
-    """What the queries of an image's inversion take, see `queries_fit`; `dtype` is that of the weights at work."""
+    """What the queries of an image's inversion take, see `place_of_queries`; `dtype` is that of the weights at work."""
     latents = (side // model.vae.config.downsampling for side in size)
     return steps * sum(math.prod(shape) for shape in model.unet.query_shapes(*latents)) * dtype.itemsize
 
