@@ -59,6 +59,7 @@ from p2pz.engine import Graphs
 from p2pz.files import atomic_path
 from p2pz.inversion import invert_latents
 from p2pz.kernels import attend_with_probabilities, attention_probabilities
+from p2pz.memory import tables_for_queries
 from p2pz.presets import PRESETS, Settings
 from p2pz.recording import record
 from p2pz.unet import STABLE_DIFFUSION_1, Conditioning, UNet
@@ -105,7 +106,8 @@ class Setup:
     def inverted(self, settings: Settings) -> dict[str, Any]:
         """What an inversion leaves to an edit that takes it as the reference."""
         if settings.reference == "path" and settings not in self.inversions:
-            queries: list[Tensor] = []
+            side = self.side * self.model.vae.config.downsampling
+            queries = tables_for_queries(self.model, (side, side), 1, settings.steps)
             generator = torch.Generator().manual_seed(0)
             path = invert_latents(self.model, self.noise, self.caption, settings, generator, False, queries=queries)
             self.inversions[settings] = {"path": path, "queries": queries}
