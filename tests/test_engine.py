@@ -4,6 +4,7 @@ import gc
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ import p2pz
 from p2pz import editing
 from p2pz.engine import MOST_GRAPHS, Graphs, row
 from p2pz.images import psnr
+from p2pz.memory import GIB, tables_for_queries
 from p2pz.sampling import sample_latents
 from p2pz.weights import MINI_FOLDER, mini_world
 
@@ -134,6 +136,29 @@ def test_edit_is_the_same_with_and_without_graphs(guidance):
     recorded, plain = (p2pz.edit(picture, "cat->dog", model=each, **settings) for each in models)
     assert psnr(recorded.image, plain.image) > 60  # cuDNN's float32 gradients differ from run to run by rounding
     assert model.graphs.graphs and not models[1].graphs.graphs
+
+
+@needs_gpu
+@pytest.mark.parametrize("record", [True, False])
+def test_queries_in_host_memory_serve_as_well(record):
+    """A budget sends them there; two images, so that a step's are parts of both."""
+    model = p2pz.load(MINI_FOLDER, device="cuda", dtype=torch.float16)
+    budgeted = replace(model, max_memory=16 * GIB)
+    outcomes = []
+    pictures = [mini_world.render(mini_world.task_pair("cat->dog", i)[0]) for i in range(2)]
+    for each, place in ((model, "cuda"), (budgeted, "cpu")):
+        tables = tables_for_queries(each, (128, 128), 2, 4)
+        assert all(table.device.type == place and table.is_pinned() == (place == "cpu") for table in tables)
+        worker, recorder = replace(each, graphs=Graphs(record=record)), p2pz.record()
+        options = {"steps": 4, "prompt": "a cat", "xa_guidance": 1.0, "progress": False, "record": recorder}
+        results = p2pz.edit(pictures, "cat->dog", model=worker, **options)
+        outcomes.append(([np.array(result.image) for result in results], [run.maps for run in recorder.runs]))
+    (images, maps), (others, other_maps) = outcomes
+    for image, other in zip(images, others, strict=True):
+        assert np.array_equal(image, other)
+    for run, other_run in zip(maps, other_maps, strict=True):
+        for branch, layers in run.items():
+            assert all(torch.equal(kept, other_run[branch][path]) for path, kept in layers.items())
 
 
 @needs_gpu

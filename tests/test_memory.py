@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from p2pz.directions import Direction
 from p2pz.editing import map_gradient
 from p2pz.engine import Graphs
 from p2pz.images import psnr
-from p2pz.memory import GIB, Plan, Work, plan_for
+from p2pz.memory import GIB, Plan, Work, place_of_queries, plan_for
 from p2pz.model import _budget
 from p2pz.unet import UNet, UNetConfig
 from p2pz.vae import VAE, VAEConfig
@@ -305,6 +306,28 @@ def test_the_command_line_has_a_budget(command, tmp_path, monkeypatch, capsys):
     with pytest.raises(ZeroDivisionError):
         cli.main([*command, *out, "--max-memory", "2.5"])
     assert asked["max_memory"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "gib", "budget", "images", "place"),
+    [
+        ("cuda", 12, None, 1, "cuda"),
+        ("cuda", 8, None, 1, "cpu"),  # too small
+        ("cuda", 80, 4 * GIB, 1, "cpu"),
+        ("cuda", 80, None, 2, "cuda"),
+        ("cuda", 12, None, 2, None),  # 2.2 GiB are more than either has room for
+        ("cpu", 0, None, 1, "cpu"),
+        ("cpu", 0, None, 2, None),
+    ],
+)
+def test_where_the_queries_of_an_inversion_are_kept(kind, gib, budget, images, place, monkeypatch):
+    with torch.device("meta"):
+        parts = SimpleNamespace(unet=UNet(UNetConfig()), vae=VAE(VAEConfig()))
+    model = SimpleNamespace(**vars(parts), device=torch.device(kind), dtype=torch.float16, max_memory=budget)
+    gpu = SimpleNamespace(total_memory=gib * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    found = place_of_queries(model, (512, 512), images, 50)
+    assert (found and found.type) == place
 
 
 @needs_gpu
