@@ -88,6 +88,45 @@ class CudaGraph:
         return self.results
 
 
+class Courier:
+    """Copies rows of large tables to the GPU, or from there, while recorded steps run.
+
+    Args:
+        rows: where a step reads or leaves a row of each table.
+    """
+
+    def __init__(self, rows: Tensors):
+        self.rows, self.copies = rows, [torch.empty_like(tensor) for tensor in rows]
+        self.stream = torch.cuda.Stream()
+
+    def fetch(self, rows: Tensors) -> None:
+        """Begin to bring what `deliver` will put in place; rows in host memory have to be pinned."""
+        self._copy(self.copies, rows)
+
+    def deliver(self) -> None:
+        """Put in place what was fetched."""
+        self.finish()
+        if self.rows:
+            torch._foreach_copy_(self.rows, self.copies)
+
+    def store(self, rows: Tensors) -> None:
+        """Begin to take away what a step has left."""
+        self.finish()
+        if self.rows:
+            torch._foreach_copy_(self.copies, self.rows)
+        self._copy(rows, self.copies)
+
+    def _copy(self, places: Tensors, tensors: Tensors) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for place, tensor in zip(places, tensors, strict=True):
+                place.copy_(tensor, non_blocking=True)
+
+    def finish(self) -> None:
+        """Have all later work wait until everything has arrived."""
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+
 @dataclass
 class Graphs:
     """Recorded graphs of a model.
@@ -155,6 +194,7 @@ class Graphs:
         each: Callable[[int, Tensors], None] | None = None,
         first: int = 0,
         tables: Tensors = (),
+        fill: Tensors = (),
     ) -> Tensors:
         """Repeat a step.
 
@@ -170,6 +210,7 @@ class Graphs:
             first: number of the first step.
             tables: those that are too large to be copied for a recording, on the GPU or in pinned host memory; a step
                 finds its row of each behind the constants.
+            fill: such tables, too: after every step, each gets its row from the state, from its second tensor on.
 
         Returns:
             The state after the last step.
@@ -180,6 +221,8 @@ class Graphs:
                 rows = [table[first + i].to(index.device, non_blocking=True) for table in tables]
                 state = step(index, state, [*constants, *rows])
                 index = index + 1
+                for table, made in zip(fill, state[1:], strict=False):
+                    table[first + i].copy_(made, non_blocking=True)
                 if each:
                     each(first + i, state)
             return state
@@ -196,13 +239,19 @@ class Graphs:
             arguments = [index, *state, *constants, *(table[first].to(index.device) for table in tables)]
             graph = self.find(kind, advance, arguments)
             graph.load(arguments)
+            incoming = Courier(graph.arguments[len(arguments) - len(tables) :])
+            outgoing = Courier(graph.results[1 : 1 + len(fill)])
             bar = tqdm(range(count), label, disable=hide_progress, leave=False)
             for i in bar:
-                for place, table in zip(graph.arguments[len(arguments) - len(tables) :], tables, strict=True):
-                    place.copy_(table[first + i], non_blocking=True)
+                if i > 0:  # the first are among the arguments
+                    incoming.deliver()
+                if i + 1 < count:
+                    incoming.fetch([table[first + i + 1] for table in tables])
                 graph.replay()
+                outgoing.store([table[first + i] for table in fill])
                 if each:
                     each(first + i, graph.results)
                 if not bar.disable:
                     torch.cuda.current_stream().synchronize()  # or the bar would run ahead of the work
+            outgoing.finish()
             return [result.clone() for result in graph.results]

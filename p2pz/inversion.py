@@ -198,9 +198,6 @@ def invert_latents(
 
     def each(i: int, state: Tensors) -> None:
         path.append(state[0].clone())
-        if queries is not None:
-            for table, found in zip(queries, state[1 : 1 + len(queries)], strict=True):
-                table[i].copy_(found, non_blocking=True)
         if recorder:
             recorder.take(i, parts, state[1 + len(queries or ()) :])
 
@@ -226,7 +223,9 @@ def invert_latents(
         "invert", id(model.unet), model.prediction_type, *strengths, settings.form, keeps, recorder and recorder.key,
     )  # fmt: skip
     graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
-    graphs.run(kind, step, state, constants, len(schedule), "inverting", hide(progress), each)
+    graphs.run(
+        kind, step, state, constants, len(schedule), "inverting", hide(progress), each, fill=queries or ()
+    )  # fmt: skip
     return torch.stack(path)
 
 
