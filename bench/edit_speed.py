@@ -16,8 +16,7 @@ Contenders, all with the same weights, picture, sentences and numbers of steps:
   graphs, reference and edit in lockstep. A lower bound: attention without maps, the gradient of a plain mean instead of
   the loss on the maps. diffusers' regulariser cannot be captured; its time, measured alone, is added for each step.
 - p2pz: the preset `diffusers`, the same method and numbers. p2pz_default: the default preset, with its own numbers (the
-  bundled model's has 20 steps); the inversion's passes serve as the reference's. p2pz_4gib: the same with
-  `max_memory=4`, in processes of its own; on a CPU without it.
+  bundled model's has 20 steps); the inversion's passes serve as the reference's.
 
 Rows:
 
@@ -143,7 +142,7 @@ PARTS = {  # by importance; each but the last two is a method of the contenders
     "start_up": Part("start_up_s"),
 }
 MINI_PARTS = ["total", "unet", "invert", "edit", "agreement"]
-OURS = ["p2pz", "p2pz_default", "p2pz_4gib"]
+OURS = ["p2pz", "p2pz_default"]
 CONTENDERS = [*OURS, "diffusers", "compiled"]
 ROWS = ["total_s", "invert_s", "edit_s", "guided_step_ms", "unet_ms", "regulariser_ms", "encode_s", "decode_s"]
 ROWS += ["sample_s", "start_up_s", "load_s", "load_host_gib", "images_per_second", "peak_gib", "fraction_of_limit"]
@@ -151,8 +150,6 @@ ROWS += ["sample_s", "start_up_s", "load_s", "load_host_gib", "images_per_second
 
 def takes(name: str, part: str) -> bool:
     """Whether a contender has a time of its own there."""
-    if name == "p2pz_4gib":
-        return part == "start_up"
     if name == "p2pz_default":
         return part in ("total", "guided", "invert", "edit", "start_up")
     return name == "p2pz" or part not in ("batches", "agreement", "sample" if name == "compiled" else "")
@@ -248,10 +245,9 @@ def captured(call: Callable[[], Any], device: str) -> Callable[[], Any]:
 class P2pz:
     """p2pz through its public functions, with one of its presets."""
 
-    def __init__(self, setup: Setup, preset: str = "diffusers", max_memory: float | None = None):
+    def __init__(self, setup: Setup, preset: str = "diffusers"):
         self.setup, self.preset, self.facts = setup, preset, {}
-        budget = None if setup.device == "cpu" else max_memory
-        self.model = p2pz.load(setup.folder, device=setup.device, dtype=setup.precision, max_memory=budget)
+        self.model = p2pz.load(setup.folder, device=setup.device, dtype=setup.precision)
         self.changes = {"steps": setup.steps} if preset == "diffusers" or setup.smoke else {}
         if setup.prediction != "epsilon":
             self.changes["xa_guidance"] = setup.strength
@@ -581,7 +577,7 @@ class Compiled(Diffusers):
 def make(name: str, setup: Setup) -> P2pz | Diffusers:
     """A contender, loaded."""
     if name in OURS:
-        return P2pz(setup, "diffusers" if name == "p2pz" else "p2pz", 4 if name == "p2pz_4gib" else None)
+        return P2pz(setup, "diffusers" if name == "p2pz" else "p2pz")
     return Compiled(setup) if name == "compiled" else Diffusers(setup)
 
 
@@ -810,9 +806,6 @@ class Bench:
             if peaks:
                 for row in ("start_up_s", "load_s", "load_host_gib"):
                     put(self.results[name], row, values=[run[row] for run in runs if run])
-                if name == "p2pz_4gib":  # beside others' memory it would record its graphs anew in every edit
-                    again = [seconds for run in runs if run for seconds in run["again_s"]]
-                    put(self.results[name], "total_s", values=again)
                 self.results[name]["peak_gib"] = {key: max(peak[key] for peak in peaks) for key in peaks[0]}
             else:
                 failures[name] = reasons[0]
@@ -901,7 +894,8 @@ def child(name: str, setup: Setup) -> None:
     synchronise(setup.device)
     report["finished"] = time.time()
     if name in OURS:
-        report["again_s"] = [seconds_of(call, setup.device) for _ in range(1 if setup.smoke else LONG)]
+        call()  # takes a little more memory than the first
+        synchronise(setup.device)
     peak = {"host": host_peak()}
     if setup.device != "cpu":
         peak |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
@@ -1154,7 +1148,7 @@ def main() -> None:
     parts = chosen(args.parts or (MINI_PARTS if args.mini else None), list(PARTS), "--parts")
     only = args.only or (["p2pz", "diffusers"] if args.mini else ["p2pz"] if args.shapes == "sdxl" else None)
     only = chosen(only, ["p2pz", "diffusers", "compiled"], "--only")
-    names = [name for name in CONTENDERS if name.split("_")[0] in only and (name != "p2pz_4gib" or not args.mini)]
+    names = [name for name in CONTENDERS if name.split("_")[0] in only]
     cpu = args.smoke or args.mini
     if not cpu and not torch.cuda.is_available():
         sys.exit("bench/edit_speed.py needs a CUDA GPU; --mini and --smoke run on a CPU")

@@ -190,13 +190,14 @@ def mask_of_change(model: Model, path: Tensor, caption: Tensor, edited: Tensor, 
     change = torch.zeros(len(edited), 1, *path.shape[3:], device=model.device)
     states = torch.cat([caption, edited])
     shifts, keys_values = model.condition(schedule.timesteps[indices], states, path.shape[3:])
+    graphs, model = model.graphs, model.without_graphs()
 
     def predict(latents: Tensor, shifts: Tensor, keys_values: Tensor) -> Tensors:
         return [model.predict(latents.repeat(1 + copies, 1, 1, 1), Conditioning(shifts, keys_values))]
 
     for index, shift in zip(indices, shifts, strict=True):
         latents = path[steps - index].to(model.device)
-        (noise,) = model.graphs.call(("mask", id(model.unet)), predict, [latents, shift, keys_values])
+        (noise,) = graphs.call(("mask", id(model.unet)), predict, [latents, shift, keys_values])
         own, others = noise[:images], noise[images:]
         change += (others - own.repeat(copies, 1, 1, 1)).square().mean(1, keepdim=True)
     change = F.avg_pool2d(F.pad(change, (1, 1, 1, 1), mode="replicate"), 3, 1).sqrt()
@@ -395,6 +396,7 @@ def edit_latents(
         on_path, settings.gradient, settings.resolution_weights, token_weights is not None, recorder and recorder.key,
     )  # fmt: skip
     graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
+    model = model.without_graphs()  # a step holds it
     empty_maps, each = [], None
     if recorder:
         seen = [*edit_parts, *own_parts] if on_path else parts

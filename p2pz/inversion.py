@@ -223,6 +223,7 @@ def invert_latents(
         "invert", id(model.unet), model.prediction_type, *strengths, settings.form, keeps, recorder and recorder.key,
     )  # fmt: skip
     graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
+    model = model.without_graphs()  # a step holds it
     graphs.run(
         kind, step, state, constants, len(schedule), "inverting", hide(progress), each, fill=queries or ()
     )  # fmt: skip

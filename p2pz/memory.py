@@ -19,8 +19,8 @@ from p2pz.model import GIB, Model, vae_dtype
 # libraries' work space included. The checkpointed gradient is twice: with 80 maps an edit of 2 guided rows took
 # 3.07 GiB of a budget of 3.
 FORWARD, GRADIENT, CHECKPOINTED = 48.0, 266.0, 110.0
-# What an edit may keep of its inversion, see `place_of_queries`: so much of a GPU's memory, or bytes of the host's.
-SHARE_OF_A_GPU, MOST_ON_THE_HOST = 1 / 9, 2 * GIB
+# What an edit may keep of its inversion, see `place_of_queries`: bytes of host memory, or so much of a GPU's.
+MOST_ON_THE_HOST, SHARE_OF_A_GPU = 2 * GIB, 1 / 9
 # What an edit keeps between passes for each row: queries of the reference, its keys and values, where graphs read them.
 KEPT = 20.0
 # How many times as many maps Stable Diffusion XL takes for a gradient, and keeps, as 1.5: adding up what autograd saves
@@ -180,9 +180,9 @@ def batches_for(
 def place_of_queries(model: Model, size: tuple[int, int], images: int, steps: int) -> torch.device | None:
     """Where an edit keeps the queries of all steps of its inversion; None: nowhere, it computes them again.
 
-    A GPU of 12 GB keeps those of one image of 512 x 512. One that is smaller, or has a budget, leaves them in host
-    memory, from where a step's take half a millisecond, an eighth of the pass that would compute them. It depends on
-    nothing that changes while the machine is used, since computing them in another batch may differ by rounding.
+    In host memory if there are not too many, for they come and go while steps run: those of one image of 512 x 512
+    are 1.1 GiB. More, of a batch, lie on a GPU that is large enough, unless it has a budget. It depends on nothing
+    that changes while the machine is used, since computing them in another batch may differ by rounding.
 
     Args:
         model: the model.
@@ -191,12 +191,12 @@ def place_of_queries(model: Model, size: tuple[int, int], images: int, steps: in
         steps: of the inversion.
     """
     needed = images * bytes_of_queries(model, size, steps, model.dtype)
-    on_the_gpu = 0.0
-    if model.device.type == "cuda" and model.max_memory is None:
-        on_the_gpu = torch.cuda.get_device_properties(model.device).total_memory * SHARE_OF_A_GPU
-    if needed <= on_the_gpu:
-        return model.device
-    return torch.device("cpu") if needed <= MOST_ON_THE_HOST else None
+    if needed <= MOST_ON_THE_HOST:
+        return torch.device("cpu")
+    if model.device.type != "cuda" or model.max_memory is not None:
+        return None
+    there = torch.cuda.get_device_properties(model.device).total_memory * SHARE_OF_A_GPU
+    return model.device if needed <= there else None
 
 
 def tables_for_queries(model: Model, size: tuple[int, int], images: int, steps: int) -> list[Tensor] | None:

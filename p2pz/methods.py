@@ -548,6 +548,7 @@ def prompt_to_prompt_latents(
 
         return step
 
+    graphs, model = model.graphs, model.without_graphs()  # a step holds it
     state = [noise, noise]
     bounds = sorted({0, *until, settings.steps})
     for start, end in itertools.pairwise(bounds):
@@ -555,7 +556,7 @@ def prompt_to_prompt_latents(
         constants = [shifts[start:end], keys_values, alphas[start:end], guidance]
         constants += [tokens.mapping, tokens.mix, tokens.weights] if sharing[0] else []
         kind = "prompt to prompt", id(model.unet), model.prediction_type, pairs, *sharing
-        state = model.graphs.run(kind, segment(*sharing), state, constants, end - start, "editing", hide(progress))
+        state = graphs.run(kind, segment(*sharing), state, constants, end - start, "editing", hide(progress))
     return state[0], state[1]
 
 

@@ -102,6 +102,10 @@ class Model:
         """Whether this is the bundled model, which knows only its cartoon world."""
         return self.folder == MINI_FOLDER
 
+    def without_graphs(self) -> Model:
+        """For functions that are recorded: `graphs` holds these, so a circle would keep the GPU's memory."""
+        return replace(self, graphs=Graphs())
+
     @contextlib.contextmanager
     def at_work(self, module: nn.Module) -> Iterator[Graphs]:
         """Within, a part that lies in host memory is on the GPU; what was recorded makes room for it.
@@ -178,8 +182,8 @@ class Model:
         latents = latents / self.vae.config.scaling_factor
         latents = latents.to(self.vae.quant_conv.weight.dtype, memory_format=torch.channels_last)
         with self.at_work(self.vae) as graphs:
-            kind = "decode", id(self.vae)
-            images = [graphs.call(kind, lambda x: [self.vae.decode(x)], [one])[0] for one in latents.split(1)]
+            kind, vae = ("decode", id(self.vae)), self.vae  # by name: what is recorded must not hold the model
+            images = [graphs.call(kind, lambda x: [vae.decode(x)], [one])[0] for one in latents.split(1)]
         return torch.cat(images).float().clamp(-1, 1)
 
     @torch.no_grad()

@@ -83,6 +83,7 @@ def sample_latents(
     watcher = recorder and recorder.watcher()  # a recorded step must not hold the maps
     kind = "sample", id(model.unet), model.prediction_type, pairs, recorder and recorder.key
     graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
+    model = model.without_graphs()  # a step holds it
     return graphs.run(kind, step, state, constants, steps - skip, "sampling", hide(progress), each)[0]
 
 

@@ -105,7 +105,7 @@ def test_all_rows_are_there(bench, smoke):
                 assert 0 < spread["q1"] <= value <= spread["q3"] and spread["repeats"] >= 1
     assert results["p2pz"]["sample_s"] > 0 and results["diffusers"]["sample_s"] > 0
     default = {"total_s", "guided_step_ms", "invert_s", "edit_s", "images_per_second", "start_up_s"}
-    assert default <= set(results["p2pz_default"]) and results["p2pz_4gib"]["total_s"] > 0
+    assert default <= set(results["p2pz_default"])
     assert 0.05 < results["p2pz"]["load_host_gib"] < results["p2pz"]["peak_gib"]["host"] < 20
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import p2pz
-from p2pz import editing
+from p2pz import editing, memory
 from p2pz.engine import MOST_GRAPHS, Graphs, row
 from p2pz.images import psnr
-from p2pz.memory import GIB, tables_for_queries
 from p2pz.sampling import sample_latents
 from p2pz.weights import MINI_FOLDER, mini_world
 
@@ -96,6 +95,24 @@ def test_graphs_hold_neither_queries_nor_maps_of_an_edit(monkeypatch):
     assert recorder() is None and not any(ref() is not None for ref in [*tables, *maps])
 
 
+def test_a_model_goes_with_its_last_name():
+    """What it has recorded does not hold it: its memory is free at once, not when Python looks for circles."""
+    model = replace(p2pz.load(MINI_FOLDER, device="cpu"), graphs=Keeping())
+    picture, settings = mini_world.render(mini_world.task_pair("cat->dog", 0)[0]), {"steps": 2, "progress": False}
+    p2pz.edit(picture, "cat->dog", model=model, prompt="a cat", blend=0.5, **settings)
+    p2pz.edit(picture, "cat->dog", model=model, prompt="a cat", reference="denoised", **settings)
+    p2pz.prompt_to_prompt(picture, "cat->dog", model=model, prompt="a cat", **settings)
+    p2pz.sample("a cat", model=model, **settings)
+    kinds, parts = len(model.graphs.graphs), [weakref.ref(part) for part in (model.unet, model.vae, model.text_encoder)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert kinds >= 8 and not any(part() is not None for part in parts)
+    finally:
+        gc.enable()
+
+
 def test_recorded_work_is_of_one_kind_of_prediction():
     """Models made by `replace` share it."""
     model = replace(p2pz.load(MINI_FOLDER, device="cpu"), graphs=Keeping())
@@ -140,16 +157,15 @@ def test_edit_is_the_same_with_and_without_graphs(guidance):
 
 @needs_gpu
 @pytest.mark.parametrize("record", [True, False])
-def test_queries_in_host_memory_serve_as_well(record):
-    """A budget sends them there; two images, so that a step's are parts of both."""
+def test_queries_in_host_memory_serve_as_well(record, monkeypatch):
+    """Two images, so that a step's are parts of both."""
     model = p2pz.load(MINI_FOLDER, device="cuda", dtype=torch.float16)
-    budgeted = replace(model, max_memory=16 * GIB)
-    outcomes = []
-    pictures = [mini_world.render(mini_world.task_pair("cat->dog", i)[0]) for i in range(2)]
-    for each, place in ((model, "cuda"), (budgeted, "cpu")):
-        tables = tables_for_queries(each, (128, 128), 2, 4)
+    pictures, outcomes = [mini_world.render(mini_world.task_pair("cat->dog", i)[0]) for i in range(2)], []
+    for place, most in (("cpu", memory.MOST_ON_THE_HOST), ("cuda", 0)):
+        monkeypatch.setattr(memory, "MOST_ON_THE_HOST", most)
+        tables = memory.tables_for_queries(model, (128, 128), 2, 4)
         assert all(table.device.type == place and table.is_pinned() == (place == "cpu") for table in tables)
-        worker, recorder = replace(each, graphs=Graphs(record=record)), p2pz.record()
+        worker, recorder = replace(model, graphs=Graphs(record=record)), p2pz.record()
         options = {"steps": 4, "prompt": "a cat", "xa_guidance": 1.0, "progress": False, "record": recorder}
         results = p2pz.edit(pictures, "cat->dog", model=worker, **options)
         outcomes.append(([np.array(result.image) for result in results], [run.maps for run in recorder.runs]))

@@ -311,11 +311,11 @@ def test_the_command_line_has_a_budget(command, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("kind", "gib", "budget", "images", "place"),
     [
-        ("cuda", 12, None, 1, "cuda"),
-        ("cuda", 8, None, 1, "cpu"),  # too small
+        ("cuda", 80, None, 1, "cpu"),
         ("cuda", 80, 4 * GIB, 1, "cpu"),
-        ("cuda", 80, None, 2, "cuda"),
-        ("cuda", 12, None, 2, None),  # 2.2 GiB are more than either has room for
+        ("cuda", 80, None, 2, "cuda"),  # 2.2 GiB
+        ("cuda", 80, 4 * GIB, 2, None),
+        ("cuda", 12, None, 2, None),
         ("cpu", 0, None, 1, "cpu"),
         ("cpu", 0, None, 2, None),
     ],
