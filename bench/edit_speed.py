@@ -1058,7 +1058,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     lowest, highest = min(values) / 2, max(values)
     picture = Image.new("RGB", (1200, 60 + 34 * len(bars)), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(20)
-    colours = dict(zip(CONTENDERS, ("#d1495b", "#e8a0aa", "#e8c4aa", "#5b7c99", "#9fb4c7"), strict=True))
+    colours = dict(zip(CONTENDERS, ("#d1495b", "#e8a0aa", "#5b7c99", "#9fb4c7"), strict=True))
     draw.text((20, 16), f"{results['device']['name']}, {results['sizes']['shapes']}; logarithmic scale", "black", font)
     for i, (label, entry) in enumerate(bars):
         y = 56 + 34 * i

@@ -151,6 +151,12 @@ class Graphs:
         self.pool = None
         torch.cuda.empty_cache()
 
+    def _make_room(self, device: torch.device) -> None:
+        """Let go of what is unused, and if that is not enough of all graphs."""
+        for let_go in (torch.cuda.empty_cache, self.clear):
+            if self.room is not None and torch.cuda.memory_reserved(device) > self.room:
+                let_go()
+
     def _records(self, arguments: Tensors) -> bool:
         return self.record and arguments[0].device.type == "cuda"
 
@@ -164,8 +170,7 @@ class Graphs:
         """
         key = kind, tuple((tensor.shape, tensor.dtype) for tensor in arguments)
         if key not in self.graphs:
-            if self.room is not None and torch.cuda.memory_reserved(arguments[0].device) > self.room:
-                self.clear()
+            self._make_room(arguments[0].device)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             self.stream = self.stream or torch.cuda.Stream()
             while len(self.graphs) >= MOST_GRAPHS:

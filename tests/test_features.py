@@ -117,9 +117,9 @@ class Spy(Graphs):
         self.asked.append(kind[0])
         return super().call(kind, *rest)
 
-    def run(self, kind, *rest):
+    def run(self, kind, *rest, **options):
         self.asked.append(kind[0])
-        return super().run(kind, *rest)
+        return super().run(kind, *rest, **options)
 
 
 def everything(model, record=None, **hooks):
