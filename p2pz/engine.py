@@ -45,6 +45,12 @@ def explain_out_of_memory(function: Callable) -> Callable:
     return call
 
 
+@functools.cache
+def recording_stream(device: int) -> torch.cuda.Stream:
+    """The stream on which a process records for a GPU. One, for cuBLAS keeps work spaces for each that it ever saw."""
+    return torch.cuda.Stream(device)
+
+
 class CudaGraph:
     """A function on tensors, recorded once; a call copies its arguments to fixed places and replays it.
 
@@ -52,17 +58,10 @@ class CudaGraph:
         function: must not synchronise with the host.
         arguments: an example of them.
         pool: memory that graphs share which never run at the same time.
-        stream: where it is tried and recorded. One for all graphs: cuBLAS keeps a work space of 32 MiB for each stream
-            it ever saw.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Tensors],
-        arguments: Tensors,
-        pool: tuple[int, int],
-        stream: torch.cuda.Stream,
-    ):
+    def __init__(self, function: Callable[..., Tensors], arguments: Tensors, pool: tuple[int, int]):
+        stream = recording_stream(torch.cuda.current_device())
         self.arguments = [torch.empty_like(tensor).copy_(tensor) for tensor in arguments]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -135,14 +134,12 @@ class Graphs:
         record: on a GPU. False runs everything step by step, with the same results but for rounding.
         graphs: by kind of work and shapes of the arguments.
         pool: memory that the graphs share.
-        stream: where they are recorded.
         room: bytes; if the process holds more when a graph is to be recorded, all others go. None: none goes.
     """
 
     record: bool = True
     graphs: dict[Hashable, CudaGraph] = field(default_factory=dict)
     pool: tuple[int, int] | None = None
-    stream: torch.cuda.Stream | None = None
     room: int | None = None
 
     def clear(self) -> None:
@@ -172,10 +169,9 @@ class Graphs:
         if key not in self.graphs:
             self._make_room(arguments[0].device)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.stream = self.stream or torch.cuda.Stream()
             while len(self.graphs) >= MOST_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]
-            self.graphs[key] = CudaGraph(function, arguments, self.pool, self.stream)
+            self.graphs[key] = CudaGraph(function, arguments, self.pool)
         return self.graphs[key]
 
     def call(self, kind: Hashable, function: Callable[..., Tensors], arguments: Tensors) -> Tensors:

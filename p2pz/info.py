@@ -59,7 +59,7 @@ def describe(model: Model) -> dict[str, str]:
     queries = bytes_of_queries(model, (size, size), settings.steps, torch.float16) / GIB
     facts["memory"] = (
         f"an edit on a GPU takes about {one:.1f} GiB in float16, eight at once {eight:.1f}; "
-        f"{queries:.2f} for each image in host memory, or, for a batch, on a GPU of nine times its size; "
+        f"{queries:.2f} besides for each image, in host memory or, beyond 2 GiB, on a GPU nine times as large; "
         f"with --max-memory {least:.1f} at least, more slowly"
     )
     return facts

@@ -16,8 +16,8 @@ from p2pz.model import GIB, Model, vae_dtype
 # 2.5 MiB for SD 1.5 at 64 x 64 in float16), so that one number serves all sizes and dtypes. Measured on an H200 with
 # SD 1.5, 64 x 64, float16: gradient 1.30 GiB for 2 rows, forward pass 0.35 GiB for 3. Adding up all live tensors on the
 # meta device gives 29 (forward), 181 (gradient) and 54 (checkpointed) maps; the measured ones are 1.5 times that,
-# libraries' work space included. The checkpointed gradient is twice: with 80 maps an edit of 2 guided rows took
-# 3.07 GiB of a budget of 3.
+# libraries' work space included. The checkpointed gradient is twice, by which an edit of 2 guided rows is estimated at
+# 2.85 GiB; 2.74 were measured.
 FORWARD, GRADIENT, CHECKPOINTED = 48.0, 266.0, 110.0
 # What an edit may keep of its inversion, see `place_of_queries`: bytes of host memory, or so much of a GPU's.
 MOST_ON_THE_HOST, SHARE_OF_A_GPU = 2 * GIB, 1 / 9
@@ -34,8 +34,8 @@ VAE = 7.2
 MARGIN = 1.25
 # Libraries' work spaces (three streams, 32 MiB each on a Hopper), small tensors, and what the trial run before a
 # recording takes beside the memory of other graphs. With it the estimate for one image of 512 x 512, SD 1.5, float16,
-# all parts on the GPU, is 3.33 GiB for 1 guided row and 4.14 for 2; 3.34 and 3.79 were measured.
-FIXED = round(0.35 * GIB)
+# all parts on the GPU, is 3.38 GiB for 1 guided row and 4.20 for 2; 3.37 and 3.62 were measured.
+FIXED = round(0.40 * GIB)
 
 
 @dataclass(frozen=True)
