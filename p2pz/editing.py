@@ -290,14 +290,12 @@ def edit_latents(
         of_negative = weights if negative is None else torch.ones_like(weights)  # the places are the caption's
         tables += [torch.cat([of_negative, weights])[-followed * edits :]]
     constants = [tensor.to(model.device) for tensor in tables]
-    parts = parts_of_edit(images, edits, pairs, reference_pairs)
+    parts = parts_of_edit(images, edits, pairs, reference_pairs)  # of a batch of both
     edit_parts = parts[: 1 + pairs]
     guided_parts = edit_parts[-followed:]
     own_parts = [part._replace(ahead=0) for part in parts[1 + pairs :]]  # of a pass of the reference alone
     looks = recorder is not None or hooks != Hooks()  # at steps without map guidance too
     kept_layers = len(queries or ())  # a recorded step lives longer than the queries, so it must not hold them
-    if on_path:
-        parts = edit_parts
 
     def halves(latents: Tensor, pairs: bool = pairs) -> Tensor:
         return torch.cat([latents, latents]) if pairs else latents
@@ -320,10 +318,6 @@ def edit_latents(
             watch(q, k, k, site)
         return maps
 
-    def step_reference(latents: Tensor, prediction: Tensor, alphas: Tensor, scales: Tensor) -> Tensor:
-        noise = model.to_noise(prediction, halves(latents, reference_pairs), alphas[0])
-        return ddim_step(latents, guided(noise, scales[0], reference_pairs), *alphas)
-
     def pass_of_reference(
         latents: Tensor, shifts: Tensor, keys_values: Tensor, index: Tensor
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -335,60 +329,72 @@ def edit_latents(
         conditioning = Conditioning(shifts, keys_values).of(slice(edit_rows, None))
         return model.predict(halves(latents, reference_pairs), conditioning, told), reference_queries(kept), maps
 
-    def first(index: Tensor, noise: Tensor, *constants: Tensor) -> Tensors:
-        """The reference's first step."""
-        shifts, keys_values, alphas, scales = constants[:4]
-        prediction, given, maps = pass_of_reference(noise, shifts[0], keys_values, index)
-        return [step_reference(noise, prediction, alphas[0], scales), *given, *maps]
+    def guide(latents: Tensor, given: Sequence[Tensor], index: Tensor, constants: Tensors) -> Tensor:
+        """The halves of the latents, moved towards the reference's maps, of which `given` are the queries."""
+        (shifts, keys_values, _, scales), (_, weights) = constants[:4], unpack(constants)
+        start = latents if followed == 1 else halves(latents)
+        references = {
+            path: (_spread(q, images, copies, followed), _spread(k, images, copies, followed))
+            for q, (path, k) in zip(given, model.unet.keys(keys_values[edit_rows:]).items(), strict=True)
+        }
+        conditioning = Conditioning(row(shifts, index), keys_values).of(slice(edit_rows - len(start), edit_rows))
+        told = hooks_by_parts(hooks, guided_parts, index, schedule.timesteps, guiding=True)
+        gradient = map_gradient(model, start, conditioning, references, told, settings.resolution_weights, weights)
+        if followed == 1:
+            return halves(latents - scales[1] * gradient)
+        if settings.gradient == "both":
+            return halves(latents - scales[1] * (sum(gradient.chunk(2)) / 2))
+        return start - scales[1] * gradient / 2
 
-    def step(guiding: bool, index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
-        (latents, reference, *before), (shifts, keys_values, alphas, scales) = state, constants[:4]
-        path_table, weights = unpack(constants)
-        now, alphas_now = row(shifts, index), row(alphas, index)
-        given, reference_maps = before[:layers], []
-        # A reference on the path has a pass of its own, of the inversion's form: so its queries are those of the
-        # inversion to the last bit. It has none if there are these queries, of which its maps can be made too.
-        if on_path and (guiding or looks) and kept_layers:
+    def denoise(moved: Tensor, prediction: Tensor, alphas: Tensor, scales: Tensor) -> Tensor:
+        """The edits a step on, from their halves."""
+        noise = model.to_noise(prediction, moved, alphas[0])
+        return ddim_step(moved[:edits], guided(noise, scales[0], pairs), *alphas)
+
+    def denoise_reference(latents: Tensor, prediction: Tensor, alphas: Tensor, scales: Tensor) -> Tensor:
+        noise = model.to_noise(prediction, halves(latents, reference_pairs), alphas[0])
+        return ddim_step(latents, guided(noise, scales[0], reference_pairs), *alphas)
+
+    def step_on_path(guiding: bool, index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
+        """The inversion is the reference. If it has left no queries, a pass of its form makes them, to the last bit."""
+        (latents, reference, *_), (shifts, keys_values, alphas, scales) = state, constants[:4]
+        now, given, reference_maps = row(shifts, index), [], []
+        if (guiding or looks) and kept_layers:
             given = constants[len(constants) - kept_layers :]
             reference_maps = maps_of_reference(given, keys_values, index) if watcher else []
-        elif on_path and (guiding or looks):
-            _, given, reference_maps = pass_of_reference(row(path_table, index), now, keys_values, index)
+        elif guiding or looks:
+            was = row(unpack(constants)[0], index)
+            _, given, reference_maps = pass_of_reference(was, now, keys_values, index)
+        moved = guide(latents, given, index, constants) if guiding else halves(latents)
 
-        moved = halves(latents)
-        if guiding:
-            start = latents if followed == 1 else moved
-            references = {
-                path: (_spread(q, images, copies, followed), _spread(k, images, copies, followed))
-                for q, (path, k) in zip(given, model.unet.keys(keys_values[edit_rows:]).items(), strict=True)
-            }
-            conditioning = Conditioning(now, keys_values).of(slice(edit_rows - len(start), edit_rows))
-            told = hooks_by_parts(hooks, guided_parts, index, schedule.timesteps, guiding=True)
-            gradient = map_gradient(model, start, conditioning, references, told, settings.resolution_weights, weights)
-            if followed == 1:
-                moved = halves(latents - scales[1] * gradient)
-            elif settings.gradient == "both":
-                moved = halves(latents - scales[1] * (sum(gradient.chunk(2)) / 2))
-            else:
-                moved = moved - scales[1] * gradient / 2
-        latents = moved[:edits]
+        maps: list[Tensor] = []
+        told = hooks_in_step(hooks, watcher, edit_parts, index, schedule.timesteps, maps)
+        prediction = model.predict(moved, Conditioning(now, keys_values).of(slice(edit_rows)), told)
+        if watcher:
+            maps = watcher.weave(maps, reference_maps)
+        return [denoise(moved, prediction, row(alphas, index), scales), reference, *maps]
+
+    def first_of_reference(index: Tensor, noise: Tensor, *constants: Tensor) -> Tensors:
+        """The step by which a reference that is denoised is ahead."""
+        shifts, keys_values, alphas, scales = constants[:4]
+        prediction, given, maps = pass_of_reference(noise, shifts[0], keys_values, index)
+        return [denoise_reference(noise, prediction, alphas[0], scales), *given, *maps]
+
+    def step_behind_reference(guiding: bool, index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
+        """Edits, and the next step of the reference, in one batch."""
+        (latents, reference, *before), (shifts, keys_values, alphas, scales) = state, constants[:4]
+        moved = guide(latents, before[:layers], index, constants) if guiding else halves(latents)
 
         kept: QueriesAndKeys = {}
         maps: list[Tensor] = []
         told = hooks_in_step(hooks, watcher, parts, index, schedule.timesteps, maps)
-        inputs, conditioning = moved, Conditioning(now, keys_values).of(slice(edit_rows))
-        if not on_path:
-            told = told._replace(attend=keep_queries_and_keys(kept, told.attend))
-            inputs = torch.cat([moved, halves(reference, reference_pairs)])
-            now, later = (shift.expand(len(texts), -1) for shift in (now, row(shifts, index + 1)))
-            conditioning = Conditioning(torch.cat([now[:edit_rows], later[edit_rows:]]), keys_values)
+        told = told._replace(attend=keep_queries_and_keys(kept, told.attend))
+        inputs = torch.cat([moved, halves(reference, reference_pairs)])
+        now, later = (row(shifts, i).expand(len(texts), -1) for i in (index, index + 1))
+        conditioning = Conditioning(torch.cat([now[:edit_rows], later[edit_rows:]]), keys_values)
         prediction = model.predict(inputs, conditioning, told)
-        noise = model.to_noise(prediction[:edit_rows], moved, alphas_now[0])
-        latents = ddim_step(latents, guided(noise, scales[0], pairs), *alphas_now)
-        if on_path and watcher:
-            maps = watcher.weave(maps, reference_maps)
-        if on_path:
-            return [latents, reference, *maps]
-        reference = step_reference(reference, prediction[edit_rows:], row(alphas, index + 1), scales)
+        latents = denoise(moved, prediction[:edit_rows], row(alphas, index), scales)
+        reference = denoise_reference(reference, prediction[edit_rows:], row(alphas, index + 1), scales)
         return [latents, reference, *reference_queries(kept), *maps]
 
     kind = (
@@ -411,11 +417,12 @@ def edit_latents(
         reference = path[0].to(model.device)
     else:
         start = torch.zeros(1, dtype=torch.int64, device=model.device)
-        reference, *kept = graphs.call(("reference", *kind), first, [start, noise, *constants])
+        reference, *kept = graphs.call(("reference", *kind), first_of_reference, [start, noise, *constants])
         if recorder:
             recorder.take(0, own_parts, kept[layers:])
     state = [noise.repeat(copies, 1, 1, 1), reference, *kept[:layers], *empty_maps]
     backwards = [table.unbind()[::-1] for table in queries or ()]
+    step = step_on_path if on_path else step_behind_reference
     begin, end = guided_steps.start, guided_steps.stop
     for first_step, last_step, guiding in ((0, begin, False), (begin, end, True), (end, steps, False)):
         count = last_step - first_step
