@@ -20,15 +20,14 @@ SAME = 50.0
 
 
 def edit_warnings(
-    image: Image.Image, unchanged: Image.Image, reconstruction_psnr: float | None, reference: str = "denoised"
+    image: Image.Image, unchanged: Image.Image | None, reconstruction_psnr: float | None, reference: str = "denoised"
 ) -> list[str]:
     """What is wrong with an edit that ended without an error.
 
     Args:
         image: the edited picture.
         unchanged: what a direction that does nothing leaves: the reconstruction, or with blending the image itself. The
-            reference on the path without blending leaves nothing of the kind, so there only a direction that is
-            nothing is found out.
+            reference on the path without blending leaves nothing of the kind. None: the direction is nothing.
         reconstruction_psnr: of an `EditResult`.
         reference: of its settings; it says what made the reconstruction.
 
@@ -36,7 +35,7 @@ def edit_warnings(
         A line for each thing; empty if all is well.
     """
     found = []
-    if psnr(image, unchanged) >= SAME:
+    if unchanged is None or psnr(image, unchanged) >= SAME:
         found.append(
             "the direction changed nothing: give a larger strength or guidance, a smaller xa_guidance, or a prompt "
             "that names what is to change"

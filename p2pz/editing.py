@@ -33,7 +33,7 @@ from p2pz.checks import check_finite, edit_warnings
 from p2pz.directions import Direction, direction, parse_direction
 from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
-from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
+from p2pz.inversion import Inversion, common_steps, hide, invert_pictures, open_images
 from p2pz.memory import batches_for, tables_for_queries
 from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
@@ -497,9 +497,7 @@ def edit(
     items, single = as_list(img)
     directions, single_direction = as_list(direction, "directions")
     directions = [as_direction(words, model) for words in directions]
-    inversion_steps = {item.steps for item in items if isinstance(item, Inversion)}
-    if steps is None and len(inversion_steps) == 1:
-        steps = inversion_steps.pop()
+    steps = common_steps(items) if steps is None else steps
     settings |= {"steps": steps, "strength": strength, "guidance": guidance, "xa_guidance": xa_guidance}
     numbers = [settings_for(model, preset, style=each.is_style, **settings) for each in directions]
     if negative_prompt is not None and numbers[0].guidance == 1:
@@ -510,14 +508,12 @@ def edit(
     if guided_rows and torch.is_inference_mode_enabled():
         raise ValueError("map guidance needs gradients: call edit outside of torch.inference_mode()")
 
-    places = [i for i, item in enumerate(items) if not isinstance(item, Inversion)]
-    if size is not None and not places:
+    if size is not None and all(isinstance(item, Inversion) for item in items):
         raise ValueError("size is the size at which images are inverted, so an inversion has its own: leave it out")
-    pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model, size), strict=True))
+    pictures, sizes = open_images(items, model, size)
     for item in items:
         if isinstance(item, Inversion):
-            check_inversion(item, model, numbers[0])
-    sizes = [pictures[i].size[::-1] if i in pictures else image_size(item, model) for i, item in enumerate(items)]
+            check_path(item, numbers[0])
     batches = batches_for(model, sizes, batch_size, rows, guided_rows)
     prompts = prompts_for(items, pictures, prompt, source_prompt(directions[0].source), model)
     hooks = Hooks(attend, features)
@@ -557,7 +553,7 @@ def edit(
                 quality = psnr(reconstruction, pictures[i]) if i in pictures else None
                 acts = numbers[j].strength > 0 and bool(directions[j].states.any())
                 unchanged = inversions[i].picture if numbers[j].blend else reconstruction
-                doubts = edit_warnings(edited[k], unchanged if acts else edited[k], quality, numbers[j].reference)
+                doubts = edit_warnings(edited[k], unchanged if acts else None, quality, numbers[j].reference)
                 facts = inversions[i], prompts[i], quality, tuple(doubts), numbers[j]
                 results[i][j] = EditResult(edited[k], reconstruction, *facts)
     chosen = [each[0] if single_direction else each for each in results]
@@ -594,9 +590,8 @@ def _map_weights(model: Model, captions: Sequence[str], factors: Mapping[str, fl
     return weights
 
 
-def check_inversion(inversion: Inversion, model: Model, settings: Settings) -> None:
-    """Raise ValueError if an inversion is not the model's, or an edit cannot follow its path."""
-    inversion.check_fits(model)
+def check_path(inversion: Inversion, settings: Settings) -> None:
+    """Raise ValueError if an edit is to follow an inversion's path, and cannot."""
     if settings.reference == "path" and inversion.path is None:
         raise ValueError(
             "this edit follows the inversion's path, which was not kept, as by another preset: edit with that "
@@ -675,8 +670,3 @@ def prompts_for(
         return [item.prompt for item in items]
     found = dict(zip(pictures, captions_for(list(pictures.values()), None, default, model), strict=True))
     return [found[i] if i in pictures else item.prompt for i, item in enumerate(items)]
-
-
-def image_size(inversion: Inversion, model: Model) -> tuple[int, ...]:
-    """Height and width in pixels of the image that an inversion was made of."""
-    return tuple(side * model.vae.config.downsampling for side in inversion.latents.shape[1:])

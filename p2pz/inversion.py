@@ -257,6 +257,36 @@ def prepare_pictures(images: Sequence[ImageLike], model: Model, size: int | None
     ]
 
 
+def common_steps(items: Sequence[ImageLike | Inversion]) -> int | None:
+    """The number of steps of the inversions among images, if all have the same, else None."""
+    steps = {item.steps for item in items if isinstance(item, Inversion)}
+    return steps.pop() if len(steps) == 1 else None
+
+
+def open_images(
+    items: Sequence[ImageLike | Inversion], model: Model, size: int | None = None
+) -> tuple[dict[int, Image.Image], list[tuple[int, int]]]:
+    """Pictures of the images that are no inversions, by their places, and height and width of all in pixels.
+
+    Args:
+        items, model, size: see `prepare_pictures`.
+
+    Raises:
+        ValueError: an inversion is another model's, or see `prepare_pictures`.
+    """
+    places = [i for i, item in enumerate(items) if not isinstance(item, Inversion)]
+    pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model, size), strict=True))
+    sizes = []
+    for i, item in enumerate(items):
+        if isinstance(item, Inversion):
+            item.check_fits(model)
+            pixels = model.vae.config.downsampling
+            sizes.append((pixels * item.latents.shape[1], pixels * item.latents.shape[2]))
+        else:
+            sizes.append(pictures[i].size[::-1])
+    return pictures, sizes
+
+
 def invert_pictures(
     model: Model,
     pictures: Sequence[Image.Image],

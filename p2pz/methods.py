@@ -18,10 +18,10 @@ from torch import Tensor
 
 from p2pz.attention import Attend, Site
 from p2pz.directions import Direction, parse_direction
-from p2pz.editing import EditResult, edit, edit_latents, guided, image_size, prompts_for
+from p2pz.editing import EditResult, edit, edit_latents, guided, prompts_for
 from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, to_pictures, to_tensor
-from p2pz.inversion import Inversion, hide, invert_pictures, prepare_pictures
+from p2pz.inversion import Inversion, common_steps, hide, invert_pictures, open_images
 from p2pz.kernels import attention, edited_attention
 from p2pz.memory import batches_for
 from p2pz.model import Model, loaded
@@ -137,24 +137,15 @@ def _in_batches(
     model = loaded(model)
     source, target = _words(direction)
     items, single = as_list(img)
-    places = [i for i, item in enumerate(items) if not isinstance(item, Inversion)]
-    steps = {item.steps for item in items if isinstance(item, Inversion)}
-    if numbers["steps"] is None and len(steps) == 1:
-        numbers = numbers | {"steps": steps.pop()}
+    if numbers["steps"] is None:
+        numbers = numbers | {"steps": common_steps(items)}
     settings = settings_for(model, preset, **numbers)
 
-    pictures = dict(zip(places, prepare_pictures([items[i] for i in places], model), strict=True))
+    pictures, sizes = open_images(items, model)
     prompts = prompts_for(items, pictures, prompt, source_prompt(source), model)
     items = [pictures.get(i, item) for i, item in enumerate(items)]
     targets = [swap_words(text, source, target) for text in prompts]
 
-    sizes = []
-    for item in items:
-        if isinstance(item, Inversion):
-            item.check_fits(model)
-            sizes.append(image_size(item, model))
-        else:
-            sizes.append(item.size[::-1])
     rows = references + 1 + (settings.guidance != 1)
     results: list[Any] = [None] * len(items)
     for plan, some in batches_for(model, sizes, batch_size, rows):
