@@ -29,7 +29,8 @@ Rows:
 - regulariser_ms: all rounds of one inversion step; p2pz has drawn the offsets before.
 - images_per_second: 1, 4 or 8 images given at once; diffusers and compiled edit one after another.
 - encode_s, decode_s: one picture by the VAE. sample_s: a picture from text. Steps and size as for the edit.
-- start_up_s: a fresh process until its first edit is there; peak_gib: the memory that this process took at most.
+- start_up_s: a fresh process until its first edit is there; peak_gib: the memory that this process took at most, p2pz
+  in two edits.
 - load_s: of that, loading alone, after imports and CUDA's own start; load_host_gib: the host memory that the process
   had taken at most when the model was loaded, imports included. The size of the weights is below the table.
 - fraction_of_limit: operations of the UNet / measured rate of a large matrix product / time.

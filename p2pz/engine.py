@@ -92,15 +92,20 @@ class Courier:
 
     Args:
         rows: where a step reads or leaves a row of each table.
+        others: a row of each where the tables lie: on the GPU, or in pinned host memory.
     """
 
-    def __init__(self, rows: Tensors):
-        self.rows, self.copies = rows, [torch.empty_like(tensor) for tensor in rows]
+    def __init__(self, rows: Tensors, others: Tensors):
+        self.far = any(not tensor.is_cuda for tensor in others)
+        self.rows, self.copies = rows, [torch.empty_like(tensor) for tensor in rows] if self.far else []
         self.stream = torch.cuda.Stream()
 
     def fetch(self, rows: Tensors) -> None:
-        """Begin to bring what `deliver` will put in place; rows in host memory have to be pinned."""
-        self._copy(self.copies, rows)
+        """Begin to bring what `deliver` will put in place."""
+        if self.far:
+            self._copy(self.copies, rows)
+        else:
+            self.copies = rows
 
     def deliver(self) -> None:
         """Put in place what was fetched."""
@@ -112,8 +117,9 @@ class Courier:
         """Begin to take away what a step has left."""
         self.finish()
         if self.rows:
-            torch._foreach_copy_(self.copies, self.rows)
-        self._copy(rows, self.copies)
+            torch._foreach_copy_(self.copies if self.far else rows, self.rows)
+        if self.far:
+            self._copy(rows, self.copies)
 
     def _copy(self, places: Tensors, tensors: Tensors) -> None:
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -134,7 +140,8 @@ class Graphs:
         record: on a GPU. False runs everything step by step, with the same results but for rounding.
         graphs: by kind of work and shapes of the arguments.
         pool: memory that the graphs share.
-        room: bytes; if the process holds more when a graph is to be recorded, all others go. None: none goes.
+        room: bytes; if the process holds more when a graph is to be recorded, unused memory goes, and if that is not
+            enough all other graphs. None: none goes.
     """
 
     record: bool = True
@@ -240,19 +247,22 @@ class Graphs:
             arguments = [index, *state, *constants, *(table[first].to(index.device) for table in tables)]
             graph = self.find(kind, advance, arguments)
             graph.load(arguments)
-            incoming = Courier(graph.arguments[len(arguments) - len(tables) :])
-            outgoing = Courier(graph.results[1 : 1 + len(fill)])
+            incoming = Courier(graph.arguments[len(arguments) - len(tables) :], [table[first] for table in tables])
+            outgoing = Courier(graph.results[1 : 1 + len(fill)], [table[first] for table in fill])
             bar = tqdm(range(count), label, disable=hide_progress, leave=False)
-            for i in bar:
-                if i > 0:  # the first are among the arguments
-                    incoming.deliver()
-                if i + 1 < count:
-                    incoming.fetch([table[first + i + 1] for table in tables])
-                graph.replay()
-                outgoing.store([table[first + i] for table in fill])
-                if each:
-                    each(first + i, graph.results)
-                if not bar.disable:
-                    torch.cuda.current_stream().synchronize()  # or the bar would run ahead of the work
-            outgoing.finish()
+            try:
+                for i in bar:
+                    if i > 0:  # the first are among the arguments
+                        incoming.deliver()
+                    if i + 1 < count:
+                        incoming.fetch([table[first + i + 1] for table in tables])
+                    graph.replay()
+                    outgoing.store([table[first + i] for table in fill])
+                    if each:
+                        each(first + i, graph.results)
+                    if not bar.disable:
+                        torch.cuda.current_stream().synchronize()  # or the bar would run ahead of the work
+            finally:  # also if somebody stops it: memory that is let go of must not be on its way
+                incoming.finish()
+                outgoing.finish()
             return [result.clone() for result in graph.results]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -55,11 +56,12 @@ def describe(model: Model) -> dict[str, str]:
     settings = settings_for(model, "p2pz")
     guided = followed_rows(settings)
     work = work_for(model, (size, size), rows=2 + (settings.guidance != 1), guided_rows=guided, dtype=torch.float16)
-    one, eight, least = (work.needed(plan) / GIB for plan in (Plan(1), Plan(8), Plan(1, offload=True, checkpoint=True)))
+    plans = Plan(1), Plan(8), Plan(1, offload=True, checkpoint=True)
+    one, eight, least = (math.ceil(10 * work.needed(plan) / GIB) / 10 for plan in plans)
     queries = bytes_of_queries(model, (size, size), settings.steps, torch.float16) / GIB
     facts["memory"] = (
         f"an edit on a GPU takes about {one:.1f} GiB in float16, eight at once {eight:.1f}; "
-        f"{queries:.2f} besides for each image, in host memory or, beyond 2 GiB, on a GPU nine times as large; "
+        f"{queries:.2f} of host memory besides, which many at once take of a GPU that is nine times as large; "
         f"with --max-memory {least:.1f} at least, more slowly"
     )
     return facts

@@ -17,10 +17,11 @@ from p2pz.model import GIB, Model, vae_dtype
 # SD 1.5, 64 x 64, float16: gradient 1.30 GiB for 2 rows, forward pass 0.35 GiB for 3. Adding up all live tensors on the
 # meta device gives 29 (forward), 181 (gradient) and 54 (checkpointed) maps; the measured ones are 1.5 times that,
 # libraries' work space included. The checkpointed gradient is twice, by which an edit of 2 guided rows is estimated at
-# 2.85 GiB; 2.74 were measured.
+# 2.86 GiB; 2.74 were measured.
 FORWARD, GRADIENT, CHECKPOINTED = 48.0, 266.0, 110.0
-# What an edit may keep of its inversion, see `place_of_queries`: bytes of host memory, or so much of a GPU's.
-MOST_ON_THE_HOST, SHARE_OF_A_GPU = 2 * GIB, 1 / 9
+# What an edit may keep of its inversion, see `place_of_queries`: bytes of host memory (those of one image of 512 x 512,
+# SD 1.5, float16, are 1.1 GiB for 50 steps and 2.2 for 100), or so much of a GPU's.
+MOST_ON_THE_HOST, SHARE_OF_A_GPU = round(2.25 * GIB), 1 / 9
 # What an edit keeps between passes for each row: queries of the reference, its keys and values, where graphs read them.
 KEPT = 20.0
 # How many times as many maps Stable Diffusion XL takes for a gradient, and keeps, as 1.5: adding up what autograd saves
@@ -32,9 +33,9 @@ XL_DEPTH = 1.9
 VAE = 7.2
 # Fragmentation of the allocator: of all of the above.
 MARGIN = 1.25
-# Libraries' work spaces (three streams, 32 MiB each on a Hopper), small tensors, and what the trial run before a
-# recording takes beside the memory of other graphs. With it the estimate for one image of 512 x 512, SD 1.5, float16,
-# all parts on the GPU, is 3.38 GiB for 1 guided row and 4.20 for 2; 3.37 and 3.62 were measured.
+# Libraries' work spaces (32 MiB for each library and stream on a Hopper), small tensors, and what the trial run before
+# a recording takes beside the memory of other graphs. With it the estimate for one image of 512 x 512, SD 1.5, float16,
+# all parts on the GPU, is 3.38 GiB for 1 guided row and 4.19 for 2; without a budget 3.37 and 3.94 were measured.
 FIXED = round(0.40 * GIB)
 
 
@@ -180,9 +181,9 @@ def batches_for(
 def place_of_queries(model: Model, size: tuple[int, int], images: int, steps: int) -> torch.device | None:
     """Where an edit keeps the queries of all steps of its inversion; None: nowhere, it computes them again.
 
-    In host memory if there are not too many, for they come and go while steps run: those of one image of 512 x 512
-    are 1.1 GiB. More, of a batch, lie on a GPU that is large enough, unless it has a budget. It depends on nothing
-    that changes while the machine is used, since computing them in another batch may differ by rounding.
+    In host memory if there are not too many, for they come and go while steps run. More lie on a GPU that is large
+    enough, unless it has a budget. It depends on nothing that changes while the machine is used, since computing them
+    in another batch may differ by rounding.
 
     Args:
         model: the model.
@@ -190,17 +191,19 @@ def place_of_queries(model: Model, size: tuple[int, int], images: int, steps: in
         images: in a batch.
         steps: of the inversion.
     """
-    needed = images * bytes_of_queries(model, size, steps, model.dtype)
-    if needed <= MOST_ON_THE_HOST:
+    tables = [images * each for each in _bytes_by_layer(model, size, steps, model.dtype)]
+    if sum(1 << (each - 1).bit_length() for each in tables) <= MOST_ON_THE_HOST:  # PyTorch pins powers of two
         return torch.device("cpu")
     if model.device.type != "cuda" or model.max_memory is not None:
         return None
     there = torch.cuda.get_device_properties(model.device).total_memory * SHARE_OF_A_GPU
-    return model.device if needed <= there else None
+    return model.device if sum(tables) <= there else None
 
 
 def tables_for_queries(model: Model, size: tuple[int, int], images: int, steps: int) -> list[Tensor] | None:
     """Room for the queries of all steps of an inversion, `[steps, images, N, H, D]` for each layer, or None for none.
+
+    PyTorch keeps pinned memory for the next edit. If the host has none, the queries are computed again.
 
     Args:
         model, size, images, steps: see `place_of_queries`.
@@ -211,13 +214,22 @@ def tables_for_queries(model: Model, size: tuple[int, int], images: int, steps: 
     pinned = place != model.device  # so that copies wait for nothing but their turn
     latents = (side // model.vae.config.downsampling for side in size)
     shapes = [(steps, images, *shape) for shape in model.unet.query_shapes(*latents)]
-    return [torch.empty(shape, dtype=model.dtype, device=place, pin_memory=pinned) for shape in shapes]
+    try:
+        return [torch.empty(shape, dtype=model.dtype, device=place, pin_memory=pinned) for shape in shapes]
+    except RuntimeError:
+        if pinned:
+            return None
+        raise
 
 
 def bytes_of_queries(model: Model, size: tuple[int, int], steps: int, dtype: torch.dtype) -> int:
     """What the queries of an image's inversion take, see `place_of_queries`; `dtype` is that of the weights at work."""
+    return sum(_bytes_by_layer(model, size, steps, dtype))
+
+
+def _bytes_by_layer(model: Model, size: tuple[int, int], steps: int, dtype: torch.dtype) -> list[int]:
     latents = (side // model.vae.config.downsampling for side in size)
-    return steps * sum(math.prod(shape) for shape in model.unet.query_shapes(*latents)) * dtype.itemsize
+    return [steps * math.prod(shape) * dtype.itemsize for shape in model.unet.query_shapes(*latents)]
 
 
 def work_for(model: Model, size: tuple[int, int], rows: int, guided_rows: int, dtype: torch.dtype) -> Work:

@@ -253,7 +253,7 @@ def test_info(p2pz_, model):
         f"F16, {size:.0f} MiB"
     )
     assert "128 x 128 pixels" in facts["trained at"] and model.text_fingerprint in facts["text states"]
-    text = r"about 0\.\d GiB in float16, eight at once \d\.\d; 0\.0\d besides .*; with --max-memory \d\.\d"
+    text = r"about 0\.\d GiB in float16, eight at once \d\.\d; 0\.0\d of host .*; with --max-memory \d\.\d"
     assert re.search(text, facts["memory"])
 
 

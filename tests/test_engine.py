@@ -1,6 +1,8 @@
 """Steps give the same whether they run one by one or as a recorded graph."""
 
+import contextlib
 import gc
+import types
 import weakref
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ import torch
 
 import p2pz
 from p2pz import editing, memory
-from p2pz.engine import MOST_GRAPHS, Graphs, row
+from p2pz.engine import MOST_GRAPHS, Courier, Graphs, row
 from p2pz.images import psnr
 from p2pz.sampling import sample_latents
 from p2pz.weights import MINI_FOLDER, mini_world
@@ -153,6 +155,80 @@ def test_edit_is_the_same_with_and_without_graphs(guidance):
     recorded, plain = (p2pz.edit(picture, "cat->dog", model=each, **settings) for each in models)
     assert psnr(recorded.image, plain.image) > 60  # cuDNN's float32 gradients differ from run to run by rounding
     assert model.graphs.graphs and not models[1].graphs.graphs
+
+
+def without_streams(monkeypatch):
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in (
+        ("Stream", lambda: stream),
+        ("current_stream", lambda: stream),
+        ("stream", lambda _: contextlib.nullcontext()),
+        ("device", lambda _: contextlib.nullcontext()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+class Rehearsed(Graphs):
+    """Goes the way of recorded work on the CPU: a replay calls the function on the fixed places of its arguments."""
+
+    def _records(self, arguments):
+        return True
+
+    def find(self, kind, function, arguments):
+        key = kind, tuple((tensor.shape, tensor.dtype) for tensor in arguments)
+        if key not in self.graphs:
+            graph = types.SimpleNamespace(arguments=[tensor.clone() for tensor in arguments])
+            graph.results = list(function(*graph.arguments))
+            graph.load = lambda new: [place.copy_(x) for place, x in zip(graph.arguments, new, strict=True)]
+
+            def replay():
+                made = function(*graph.arguments)
+                for place, tensor in zip(graph.results, made, strict=True):
+                    place.copy_(tensor)
+                return graph.results
+
+            graph.replay = replay
+            self.graphs[key] = graph
+        return self.graphs[key]
+
+
+@pytest.mark.parametrize("preset", ["p2pz", "diffusers"])
+def test_recorded_work_rehearsed(preset, monkeypatch):
+    """All but the GPU's part in it: results are those of the steps one by one, also the second time."""
+    without_streams(monkeypatch)
+    model = p2pz.load(MINI_FOLDER, device="cpu")
+    pictures, outcomes = [mini_world.render(mini_world.task_pair("cat->dog", i)[0]) for i in range(2)], []
+    options = {"prompt": "a cat", "steps": 2, "preset": preset, "progress": False}
+    for graphs in (Graphs(), Rehearsed()):
+        worker = replace(model, graphs=graphs)
+        for picture in pictures:
+            result = p2pz.edit(picture, "cat->dog", model=worker, **options)
+            outcomes.append([np.array(result.image), np.array(result.reconstruction), result.inversion.latents])
+    assert len(worker.graphs.graphs) >= 4
+    for one_by_one, rehearsed in zip(outcomes[:2], outcomes[2:], strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(one_by_one, rehearsed, strict=True))
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_rows_arrive_and_are_taken_away(near, monkeypatch):
+    """The order of the copies, without streams; what streams do to it is for a GPU to tell."""
+    without_streams(monkeypatch)
+    places, lie = [torch.zeros(2), torch.zeros(3)], types.SimpleNamespace(is_cuda=near)
+    incoming, outgoing = Courier(places, [lie, lie]), Courier(places, [lie, lie])
+    tables, kept = [[torch.randn(4, n) for n in (2, 3)] for _ in range(2)]
+    before = [place.clone() for place in places]
+    for i in range(4):
+        incoming.fetch([table[i] for table in tables])
+        assert all(torch.equal(place, old) for place, old in zip(places, before, strict=True))
+        incoming.deliver()
+        before = [place.clone() for place in places]
+        outgoing.store([table[i] for table in kept])
+    outgoing.finish()
+    assert all(torch.equal(table, copy) for table, copy in zip(tables, kept, strict=True))
+    nothing = Courier([], [])
+    nothing.fetch([])
+    nothing.deliver()
+    nothing.store([])
 
 
 @needs_gpu

@@ -20,7 +20,7 @@ from p2pz.directions import Direction
 from p2pz.editing import map_gradient
 from p2pz.engine import Graphs
 from p2pz.images import psnr
-from p2pz.memory import GIB, Plan, Work, place_of_queries, plan_for
+from p2pz.memory import GIB, Plan, Work, place_of_queries, plan_for, tables_for_queries
 from p2pz.model import _budget
 from p2pz.unet import UNet, UNetConfig
 from p2pz.vae import VAE, VAEConfig
@@ -309,25 +309,46 @@ def test_the_command_line_has_a_budget(command, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kind", "gib", "budget", "images", "place"),
+    ("kind", "gib", "budget", "images", "steps", "place"),
     [
-        ("cuda", 80, None, 1, "cpu"),
-        ("cuda", 80, 4 * GIB, 1, "cpu"),
-        ("cuda", 80, None, 2, "cuda"),  # 2.2 GiB
-        ("cuda", 80, 4 * GIB, 2, None),
-        ("cuda", 12, None, 2, None),
-        ("cpu", 0, None, 1, "cpu"),
-        ("cpu", 0, None, 2, None),
+        ("cuda", 80, None, 1, 50, "cpu"),
+        ("cuda", 80, 4 * GIB, 1, 50, "cpu"),
+        ("cuda", 80, None, 1, 100, "cpu"),
+        ("cuda", 80, None, 2, 50, "cpu"),
+        ("cuda", 80, None, 3, 50, "cuda"),  # 3.2 GiB
+        ("cuda", 80, None, 2, 52, "cuda"),  # 2.2 GiB, for which PyTorch would pin 4.3
+        ("cuda", 80, 4 * GIB, 3, 50, None),
+        ("cuda", 12, None, 3, 50, None),
+        ("cpu", 0, None, 1, 50, "cpu"),
+        ("cpu", 0, None, 3, 50, None),
     ],
 )
-def test_where_the_queries_of_an_inversion_are_kept(kind, gib, budget, images, place, monkeypatch):
-    with torch.device("meta"):
-        parts = SimpleNamespace(unet=UNet(UNetConfig()), vae=VAE(VAEConfig()))
-    model = SimpleNamespace(**vars(parts), device=torch.device(kind), dtype=torch.float16, max_memory=budget)
-    gpu = SimpleNamespace(total_memory=gib * GIB)
+def test_where_the_queries_of_an_inversion_are_kept(kind, gib, budget, images, steps, place, monkeypatch):
+    model, gpu = bare(kind, budget), SimpleNamespace(total_memory=gib * GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    found = place_of_queries(model, (512, 512), images, 50)
+    found = place_of_queries(model, (512, 512), images, steps)
     assert (found and found.type) == place
+
+
+def bare(kind, budget=None):
+    """What says how large Stable Diffusion 1.5 is."""
+    with torch.device("meta"):
+        parts = {"unet": UNet(UNetConfig()), "vae": VAE(VAEConfig())}
+    return SimpleNamespace(**parts, device=torch.device(kind), dtype=torch.float16, max_memory=budget)
+
+
+def test_queries_are_computed_again_if_the_host_can_pin_no_memory(monkeypatch):
+    asked, gpu, cpu = [], bare("cuda"), bare("cpu")
+
+    def refuse(shape, pin_memory=False, **options):
+        asked.append((shape, pin_memory))
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    assert tables_for_queries(gpu, (64, 64), 1, 3) is None
+    assert asked == [((3, 1, 64, 8, 40), True)]
+    with pytest.raises(RuntimeError):
+        tables_for_queries(cpu, (64, 64), 1, 3)
 
 
 @needs_gpu
