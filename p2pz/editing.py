@@ -31,7 +31,7 @@ from p2pz.attention import (
 from p2pz.captions import captions_for
 from p2pz.checks import check_finite, edit_warnings
 from p2pz.directions import Direction, direction, parse_direction
-from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
+from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
 from p2pz.inversion import Inversion, common_steps, hide, invert_pictures, open_images
 from p2pz.memory import batches_for, tables_for_queries
@@ -190,7 +190,7 @@ def mask_of_change(model: Model, path: Tensor, caption: Tensor, edited: Tensor, 
     change = torch.zeros(len(edited), 1, *path.shape[3:], device=model.device)
     states = torch.cat([caption, edited])
     shifts, keys_values = model.condition(schedule.timesteps[indices], states, path.shape[3:])
-    graphs, model = model.graphs, model.without_graphs()
+    graphs, model = model.split()
 
     def predict(latents: Tensor, shifts: Tensor, keys_values: Tensor) -> Tensors:
         return [model.predict(latents.repeat(1 + copies, 1, 1, 1), Conditioning(shifts, keys_values))]
@@ -401,8 +401,7 @@ def edit_latents(
         "edit", id(model.unet), model.prediction_type, model.checkpoint, pairs, reference_pairs, layers, kept_layers,
         on_path, settings.gradient, settings.resolution_weights, token_weights is not None, recorder and recorder.key,
     )  # fmt: skip
-    graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
-    model = model.without_graphs()  # a step holds it
+    graphs, model = model.split(hooks == Hooks())
     empty_maps, each = [], None
     if recorder:
         seen = [*edit_parts, *own_parts] if on_path else parts

@@ -98,7 +98,7 @@ class Courier:
     def __init__(self, rows: Tensors, others: Tensors):
         self.far = any(not tensor.is_cuda for tensor in others)
         self.rows, self.copies = rows, [torch.empty_like(tensor) for tensor in rows] if self.far else []
-        self.stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream() if self.far else None
 
     def fetch(self, rows: Tensors) -> None:
         """Begin to bring what `deliver` will put in place."""
@@ -129,7 +129,8 @@ class Courier:
 
     def finish(self) -> None:
         """Have all later work wait until everything has arrived."""
-        torch.cuda.current_stream().wait_stream(self.stream)
+        if self.far:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
 
 @dataclass

@@ -26,7 +26,7 @@ from p2pz.attention import (
 )
 from p2pz.captions import captions_for
 from p2pz.checks import check_finite
-from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
+from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.files import check_tensor, load_tensors, making_sense, save_tensors
 from p2pz.images import ImageLike, as_list, psnr, read_image, to_pictures, to_tensor, working_size
 from p2pz.kernels import regularise_noise
@@ -108,11 +108,16 @@ class Inversion:
         picture = None if pixels is None else Image.fromarray(pixels.numpy())
         return cls(latents, image_latents, card["prompt"], steps, card["fingerprint"], way, picture)
 
+    def image_size(self, model: Model) -> tuple[int, int]:
+        """Height and width in pixels of the image that the inversion was made of."""
+        height, width = (side * model.vae.config.downsampling for side in self.latents.shape[1:])
+        return height, width
+
     def check_fits(self, model: Model) -> None:
         """Raise ValueError if the inversion was made with another model, or its picture is of another size."""
         if self.fingerprint != model.fingerprint:
             raise ValueError("this inversion was made with another model: invert the image again with this one")
-        height, width = (side * model.vae.config.downsampling for side in self.latents.shape[1:])
+        height, width = self.image_size(model)
         if self.picture is not None and self.picture.size != (width, height):
             raise ValueError(
                 f"this inversion's picture has {self.picture.width} x {self.picture.height} pixels, but its latents "
@@ -222,8 +227,7 @@ def invert_latents(
     kind = (
         "invert", id(model.unet), model.prediction_type, *strengths, settings.form, keeps, recorder and recorder.key,
     )  # fmt: skip
-    graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
-    model = model.without_graphs()  # a step holds it
+    graphs, model = model.split(hooks == Hooks())
     graphs.run(
         kind, step, state, constants, len(schedule), "inverting", hide(progress), each, fill=queries or ()
     )  # fmt: skip
@@ -280,8 +284,7 @@ def open_images(
     for i, item in enumerate(items):
         if isinstance(item, Inversion):
             item.check_fits(model)
-            pixels = model.vae.config.downsampling
-            sizes.append((pixels * item.latents.shape[1], pixels * item.latents.shape[2]))
+            sizes.append(item.image_size(model))
         else:
             sizes.append(pictures[i].size[::-1])
     return pictures, sizes

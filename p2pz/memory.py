@@ -212,10 +212,9 @@ def tables_for_queries(model: Model, size: tuple[int, int], images: int, steps: 
     if place is None:
         return None
     pinned = place != model.device  # so that copies wait for nothing but their turn
-    latents = (side // model.vae.config.downsampling for side in size)
-    shapes = [(steps, images, *shape) for shape in model.unet.query_shapes(*latents)]
+    options = {"dtype": model.dtype, "device": place, "pin_memory": pinned}
     try:
-        return [torch.empty(shape, dtype=model.dtype, device=place, pin_memory=pinned) for shape in shapes]
+        return [torch.empty((steps, images, *shape), **options) for shape in _query_shapes(model, size)]
     except RuntimeError:
         if pinned:
             return None
@@ -228,8 +227,12 @@ def bytes_of_queries(model: Model, size: tuple[int, int], steps: int, dtype: tor
 
 
 def _bytes_by_layer(model: Model, size: tuple[int, int], steps: int, dtype: torch.dtype) -> list[int]:
-    latents = (side // model.vae.config.downsampling for side in size)
-    return [steps * math.prod(shape) * dtype.itemsize for shape in model.unet.query_shapes(*latents)]
+    return [steps * math.prod(shape) * dtype.itemsize for shape in _query_shapes(model, size)]
+
+
+def _query_shapes(model: Model, size: tuple[int, int]) -> list[tuple[int, int, int]]:
+    """Those of `UNet.query_shapes` for images of a size in pixels."""
+    return model.unet.query_shapes(*(side // model.vae.config.downsampling for side in size))
 
 
 def work_for(model: Model, size: tuple[int, int], rows: int, guided_rows: int, dtype: torch.dtype) -> Work:

@@ -539,7 +539,7 @@ def prompt_to_prompt_latents(
 
         return step
 
-    graphs, model = model.graphs, model.without_graphs()  # a step holds it
+    graphs, model = model.split()
     state = [noise, noise]
     bounds = sorted({0, *until, settings.steps})
     for start, end in itertools.pairwise(bounds):

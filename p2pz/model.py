@@ -102,9 +102,16 @@ class Model:
         """Whether this is the bundled model, which knows only its cartoon world."""
         return self.folder == MINI_FOLDER
 
-    def without_graphs(self) -> Model:
-        """For functions that are recorded: `graphs` holds these, so a circle would keep the GPU's memory."""
-        return replace(self, graphs=Graphs())
+    def split(self, record: bool = True) -> tuple[Graphs, Model]:
+        """What runs steps, and the model for these steps, without it.
+
+        Graphs hold the steps that they have recorded: were the model in these to hold the graphs, the circle would keep
+        the GPU's memory when the model is let go of.
+
+        Args:
+            record: False: steps run one by one.
+        """
+        return self.graphs if record else Graphs(record=False), replace(self, graphs=Graphs())
 
     @contextlib.contextmanager
     def at_work(self, module: nn.Module) -> Iterator[Graphs]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from p2pz.attention import Attend, Features, Hooks, Part, hooks_of, plain
 from p2pz.editing import guided
-from p2pz.engine import Graphs, Tensors, explain_out_of_memory, row
+from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import as_list, to_pictures
 from p2pz.inversion import hide
 from p2pz.memory import plan_for
@@ -82,8 +82,7 @@ def sample_latents(
 
     watcher = recorder and recorder.watcher()  # a recorded step must not hold the maps
     kind = "sample", id(model.unet), model.prediction_type, pairs, recorder and recorder.key
-    graphs = model.graphs if hooks == Hooks() else Graphs(record=False)
-    model = model.without_graphs()  # a step holds it
+    graphs, model = model.split(hooks == Hooks())
     return graphs.run(kind, step, state, constants, steps - skip, "sampling", hide(progress), each)[0]
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import p2pz
-from p2pz import editing, memory
-from p2pz.engine import MOST_GRAPHS, Courier, Graphs, row
+from p2pz import editing, engine, memory
+from p2pz.engine import MOST_GRAPHS, Courier, CudaGraph, Graphs, row
 from p2pz.images import psnr
 from p2pz.sampling import sample_latents
 from p2pz.weights import MINI_FOLDER, mini_world
@@ -168,38 +168,32 @@ def without_streams(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
 
-class Rehearsed(Graphs):
-    """Goes the way of recorded work on the CPU: a replay calls the function on the fixed places of its arguments."""
+class Rehearsal:
+    """Stands in for `CudaGraph` on the CPU: a replay calls the function on the fixed places of its arguments."""
 
-    def _records(self, arguments):
-        return True
+    def __init__(self, function, arguments, pool):
+        self.function, self.arguments = function, [tensor.clone() for tensor in arguments]
+        self.results = list(function(*self.arguments))
 
-    def find(self, kind, function, arguments):
-        key = kind, tuple((tensor.shape, tensor.dtype) for tensor in arguments)
-        if key not in self.graphs:
-            graph = types.SimpleNamespace(arguments=[tensor.clone() for tensor in arguments])
-            graph.results = list(function(*graph.arguments))
-            graph.load = lambda new: [place.copy_(x) for place, x in zip(graph.arguments, new, strict=True)]
+    load = CudaGraph.load
 
-            def replay():
-                made = function(*graph.arguments)
-                for place, tensor in zip(graph.results, made, strict=True):
-                    place.copy_(tensor)
-                return graph.results
-
-            graph.replay = replay
-            self.graphs[key] = graph
-        return self.graphs[key]
+    def replay(self):
+        for place, tensor in zip(self.results, self.function(*self.arguments), strict=True):
+            place.copy_(tensor)
+        return self.results
 
 
 @pytest.mark.parametrize("preset", ["p2pz", "diffusers"])
 def test_recorded_work_rehearsed(preset, monkeypatch):
     """All but the GPU's part in it: results are those of the steps one by one, also the second time."""
     without_streams(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(engine, "CudaGraph", Rehearsal)
+    monkeypatch.setattr(Graphs, "_records", lambda self, arguments: self.record)
     model = p2pz.load(MINI_FOLDER, device="cpu")
     pictures, outcomes = [mini_world.render(mini_world.task_pair("cat->dog", i)[0]) for i in range(2)], []
     options = {"prompt": "a cat", "steps": 2, "preset": preset, "progress": False}
-    for graphs in (Graphs(), Rehearsed()):
+    for graphs in (Graphs(record=False), Graphs()):
         worker = replace(model, graphs=graphs)
         for picture in pictures:
             result = p2pz.edit(picture, "cat->dog", model=worker, **options)
