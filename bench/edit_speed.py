@@ -79,7 +79,7 @@ from p2pz.files import atomic_path
 from p2pz.images import to_pictures, to_tensor
 from p2pz.inversion import invert_latents
 from p2pz.kernels import regularise_noise
-from p2pz.kernels.regulariser import pyramid_heights
+from p2pz.kernels.regulariser import pyramid_sizes
 from p2pz.memory import tables_for_queries
 from p2pz.presets import Settings, settings_for
 from p2pz.schedule import Schedule, ddim_step, denoising_schedule, inversion_schedule, to_epsilon
@@ -282,9 +282,9 @@ class P2pz:
 
     def regulariser(self) -> Callable:
         noise, generator = self.setup.noise(dtype=torch.float32), seeded()
-        heights = pyramid_heights(noise.shape[2])
-        draws = [torch.randint(h // 2, (1,), generator=generator) for _ in range(25 * 4) for h in heights]
-        offsets = torch.cat(draws).view(5, 5, 1, 4, len(heights)).to(noise.device)
+        sizes = pyramid_sizes(*noise.shape[2:])
+        draws = [torch.randint(h // 2, (1,), generator=generator) for _ in range(25 * 4) for h, _ in sizes]
+        offsets = torch.cat(draws).view(5, 5, 1, 4, len(sizes)).to(noise.device)
         return lambda: regularise_noise(noise, offsets, 20.0, 20.0, "random")
 
     def invert(self) -> Callable:

@@ -48,7 +48,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import p2pz.kernels
 from p2pz.files import atomic_path
-from p2pz.kernels.regulariser import pyramid_heights
+from p2pz.kernels.regulariser import pyramid_sizes
 
 CALLS, ROUNDS = 20, 20
 GRAPH_US = 10_000  # fewer calls in a graph if they take longer
@@ -337,9 +337,9 @@ def random_noise(setup: Setup, shape: tuple) -> tuple[Tensor, Tensor, int]:
     noise = 1.1 * torch.randn(batch, channels, side, side, device=setup.device)
     noise += 0.3 * noise.roll((1, 1), (2, 3))
     seed = int(torch.randint(2**31, ()))
-    generator, heights = torch.Generator().manual_seed(seed), pyramid_heights(side)
-    draws = [torch.randint(h // 2, (1,), generator=generator) for _ in range(25 * channels) for h in heights]
-    return noise, torch.cat(draws).view(5, 5, 1, channels, len(heights)).to(setup.device), seed
+    generator, sizes = torch.Generator().manual_seed(seed), pyramid_sizes(side, side)
+    draws = [torch.randint(h // 2, (1,), generator=generator) for _ in range(25 * channels) for h, _ in sizes]
+    return noise, torch.cat(draws).view(5, 5, 1, channels, len(sizes)).to(setup.device), seed
 
 
 def regulariser(setup: Setup, shape: tuple, main: bool) -> Case:

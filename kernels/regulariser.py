@@ -15,23 +15,26 @@ from torch import Tensor
 
 from p2pz.kernels.dispatch import choose_triton, launch, library_op, tl, triton
 
-COARSEST = 8  # the pyramid ends at the first level of at most this height
+COARSEST = 8  # the pyramid ends at the first level of at most this height, or too narrow to be halved
 
 FORMS = ("random", "every", "paper")
 
 
-def pyramid_heights(height: int) -> list[int]:
-    """Heights of the pyramid's levels: 64, 32, 16, 8 for a height of 64."""
-    heights = [height]
-    while heights[-1] > COARSEST:
-        heights.append(heights[-1] // 2)
-    return heights
+def pyramid_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    """Heights and widths of the pyramid's levels: (64, 96), (32, 48), (16, 24), (8, 12) for a map of (64, 96).
+
+    The published code looks at the height alone, and fails where a level would be less than 1 wide.
+    """
+    sizes = [(height, width)]
+    while sizes[-1][0] > COARSEST and sizes[-1][1] > 1:
+        sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
+    return sizes
 
 
 def _pyramid(noise: Tensor) -> list[Tensor]:
     """The map itself and its successive 2x2 averages."""
     levels = [noise]
-    while levels[-1].shape[2] > COARSEST:
+    for _ in pyramid_sizes(*noise.shape[2:])[1:]:
         levels.append(F.avg_pool2d(levels[-1], 2))
     return levels
 
@@ -488,7 +491,7 @@ def _regularise_kernel(
 
 def _pyramid_stride(height: int, width: int) -> int:
     """How many numbers are set apart for the pyramid of a channel; 16 does not divide it."""
-    return len(pyramid_heights(height)) * height * width | 8
+    return len(pyramid_sizes(height, width)) * height * width | 8
 
 
 @library_op("p2pz::autocorrelation")
@@ -496,7 +499,7 @@ def _autocorrelation(noise: Tensor, offsets: Tensor, form: str, gradient: bool) 
     """Losses `[B, C]` of the channels, and their gradient `[B, C, h, w]` (empty unless asked for), both float32."""
     noise = noise.contiguous()
     batch, channels, height, width = noise.shape
-    levels = len(pyramid_heights(height))
+    levels = len(pyramid_sizes(height, width))
     stride = _pyramid_stride(height, width)
     scratch = noise.new_empty((1 + gradient, batch, channels, stride), dtype=torch.float32)
     loss = noise.new_empty((batch, channels), dtype=torch.float32)
@@ -559,7 +562,7 @@ def _regularise_noise(
     """The schedule; `step` is the length of one auto-correlation step. The result is float32."""
     noise = noise.contiguous()
     batch, channels, height, width = noise.shape
-    levels = len(pyramid_heights(height))
+    levels = len(pyramid_sizes(height, width))
     stride = _pyramid_stride(height, width)
     scratch = noise.new_empty((2, batch, channels, stride), dtype=torch.float32)
     out = torch.empty_like(noise, dtype=torch.float32)
@@ -605,9 +608,7 @@ def _check(noise: Tensor, offsets: Tensor | None, form: str, *outer: str) -> Ten
     if noise.ndim != 4 or 0 in noise.shape or not noise.is_floating_point():
         raise ValueError(f"noise must be floats [B, C, h, w] with no empty axis, not {noise.dtype} {list(noise.shape)}")
     batch, channels, height, width = noise.shape
-    sizes = [(size, width >> level) for level, size in enumerate(pyramid_heights(height))]
-    if not sizes[-1][1]:
-        raise ValueError(f"noise {height} high must be at least {1 << len(sizes) - 1} wide, not {width}")
+    sizes = pyramid_sizes(height, width)
     lead = offsets.shape[: len(outer)] if outer else ()
     if form != "random":
         return noise.new_empty((*lead, 0), dtype=torch.int64)
@@ -648,7 +649,8 @@ def autocorrelation_loss(
       drawn from that range.
     - `"paper"`: the sum of `m(d)`, not squared, over d = 1 ... S - 1: equation 2 of the paper as printed.
 
-    S is the smaller of the level's height and width. Levels are added until the height is at most 8.
+    S is the smaller of the level's height and width. Levels are added until the height is at most 8 or the
+    width is 1.
 
     Args:
         noise: `[B, C, h, w]`, any float dtype.

@@ -122,6 +122,9 @@ def same_size_groups(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
 def working_size(size: tuple[int, int], native: int, multiple: int) -> tuple[int, int]:
     """The size at which a model works on an image: about `native * native` pixels in the image's own shape.
 
+    An image that a model can work on as it is, of that many pixels within a sixteenth, keeps its size: so a result can
+    be edited again without being resized.
+
     Args:
         size: width and height of the image.
         native: width and height the model was trained at.
@@ -131,6 +134,8 @@ def working_size(size: tuple[int, int], native: int, multiple: int) -> tuple[int
         Width and height.
     """
     scale = native / (size[0] * size[1]) ** 0.5
+    if size[0] % multiple == size[1] % multiple == 0 and abs(scale**-2 - 1) <= 1 / 16:
+        return size
     return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in size)
 
 

@@ -30,7 +30,7 @@ from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.files import check_tensor, load_tensors, making_sense, save_tensors
 from p2pz.images import ImageLike, as_list, psnr, read_image, to_pictures, to_tensor, working_size
 from p2pz.kernels import regularise_noise
-from p2pz.kernels.regulariser import pyramid_heights
+from p2pz.kernels.regulariser import pyramid_sizes
 from p2pz.memory import batches_for
 from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
@@ -125,20 +125,20 @@ class Inversion:
             )
 
 
-def draw_offsets(generator: torch.Generator, settings: Settings, channels: int, height: int) -> Tensor:
+def draw_offsets(generator: torch.Generator, settings: Settings, channels: int, height: int, width: int) -> Tensor:
     """Random roll offsets of one inversion step, drawn one by one in the order of the published code.
 
     Args:
         generator: on the CPU.
         settings: for `rounds`, `rolls` and `lowest_offset`.
         channels: latent channels.
-        height: latent height; a level of height S gets offsets from `lowest_offset` to S/2 - 1.
+        height, width: of the latents; a level of height S gets offsets from `lowest_offset` to S/2 - 1.
 
     Returns:
         `[rounds, rolls, 1, channels, levels]` int64; every image of a batch gets the same, so that an image in a batch
         gets what it gets alone.
     """
-    sizes = [max(size // 2 - settings.lowest_offset, 1) for size in pyramid_heights(height)]
+    sizes = [max(size // 2 - settings.lowest_offset, 1) for size, _ in pyramid_sizes(height, width)]
     draws = settings.rounds * settings.rolls * channels
     # A draw is a word of the generator's stream modulo the size; so all can be drawn modulo a multiple of all sizes.
     words = torch.randint(math.lcm(*sizes), (draws, len(sizes)), generator=generator)
@@ -209,13 +209,7 @@ def invert_latents(
     conditioning = model.condition(schedule.timesteps, context, image_latents.shape[2:])
     constants = [*conditioning, schedule.alphas]
     if any(strengths):
-        height, width = image_latents.shape[2:]
-        if width < 2 ** (len(pyramid_heights(height)) - 1):
-            raise ValueError(
-                f"an image with latents {height} high and {width} wide is too tall for the regulariser, whose pyramid "
-                "is built on the height: crop it, or give autocorrelation_strength=0, kl_strength=0"
-            )
-        offsets = [draw_offsets(generator, settings, *image_latents.shape[1:3]) for _ in range(len(schedule))]
+        offsets = [draw_offsets(generator, settings, *image_latents.shape[1:]) for _ in range(len(schedule))]
         constants.append(torch.stack(offsets))
     constants = [tensor.to(model.device) for tensor in constants]
     state = [image_latents]

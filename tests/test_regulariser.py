@@ -13,21 +13,21 @@ from p2pz.kernels.regulariser import (
     autocorrelation_loss,
     kl_gradient,
     kl_loss,
-    pyramid_heights,
+    pyramid_sizes,
     regularise_noise,
 )
 
-SIZES = [(64, 64), (32, 32), (16, 24), (24, 16), (13, 19), (9, 9), (8, 8)]
+SIZES = [(64, 64), (32, 32), (16, 24), (24, 16), (13, 19), (9, 9), (8, 8), (24, 4)]
 all_sizes = pytest.mark.parametrize("size", SIZES, ids=str)
 all_forms = pytest.mark.parametrize("form", FORMS)
 
 
 def draw_offsets(shape, generator, *outer):
     """Offsets `[*outer, B, C, levels]` drawn one by one, in the order diffusers draws them."""
-    heights = pyramid_heights(shape[2])
+    sizes = pyramid_sizes(*shape[2:])
     count = torch.Size((*outer, *shape[:2])).numel()
-    drawn = [torch.randint(height // 2, (1,), generator=generator) for _ in range(count) for height in heights]
-    return torch.cat(drawn).view(*outer, *shape[:2], len(heights))
+    drawn = [torch.randint(height // 2, (1,), generator=generator) for _ in range(count) for height, _ in sizes]
+    return torch.cat(drawn).view(*outer, *shape[:2], len(sizes))
 
 
 def seeded():
@@ -46,10 +46,19 @@ def gradient_of(loss, noise):
 
 
 @pytest.mark.parametrize(
-    ("height", "expected"), [(64, [64, 32, 16, 8]), (13, [13, 6]), (8, [8]), (96, [96, 48, 24, 12, 6])]
+    "expected",
+    [
+        [(64, 96), (32, 48), (16, 24), (8, 12)],
+        [(13, 19), (6, 9)],
+        [(8, 3)],
+        [(96, 64), (48, 32), (24, 16), (12, 8), (6, 4)],
+        [(73, 14), (36, 7), (18, 3), (9, 1)],
+        [(9, 1)],
+    ],
+    ids=str,
 )
-def test_pyramid_heights(height, expected):
-    assert pyramid_heights(height) == expected
+def test_pyramid_sizes(expected):
+    assert pyramid_sizes(*expected[0]) == expected
 
 
 # Auto-correlation.
@@ -103,7 +112,7 @@ def test_gradient_equals_finite_differences(form, size):
 def test_every_is_the_average_of_random(size, assert_close):
     """Over all choices of one non-zero offset below half the smaller side per level; for the gradient as well."""
     noise = random_noise(2, 3, *size)
-    sides = [min(size[0] >> level, size[1] >> level) for level in range(len(pyramid_heights(size[0])))]
+    sides = [min(level) for level in pyramid_sizes(*size)]
     choices = torch.tensor(list(itertools.product(*(range(1, side // 2) or [1] for side in sides))))
     for function in (autocorrelation_loss, autocorrelation_gradient):
         average = sum(function(noise, choice.expand(2, 3, -1)) for choice in choices) / len(choices)
