@@ -35,7 +35,8 @@ def choose_triton(backend: str, unsupported: str | None, *tensors: Tensor) -> bo
     """Whether the Triton kernel is to run.
 
     Args:
-        backend: `"torch"`: never. `"triton"`: always, or an error. `"auto"`: for CUDA tensors that the kernel supports.
+        backend: `"torch"`: never. `"triton"`: always, or an error. `"auto"`: for CUDA tensors that the kernel supports,
+            on GPUs from Ampere on.
         unsupported: why the kernel cannot take these arguments, or None.
         tensors: all tensor arguments.
 
@@ -55,11 +56,22 @@ def choose_triton(backend: str, unsupported: str | None, *tensors: Tensor) -> bo
     if not unsupported and not hasattr(triton, "__version__"):
         unsupported = "Triton is not installed"
     on_gpu = all(tensor.is_cuda for tensor in tensors)
+    if not unsupported and on_gpu and torch.cuda.get_device_capability(tensors[0].device) < (8, 0):
+        unsupported = "the GPU is older than NVIDIA's Ampere, whose shared memory the tiles need"
     if not unsupported and not on_gpu and not INTERPRETED:
         unsupported = f"the tensors are on {tensors[0].device}: CUDA tensors are needed (or TRITON_INTERPRET=1)"
     if backend == "triton" and unsupported:
         raise ValueError(f'backend="triton": {unsupported}')
     return backend == "triton" or (on_gpu and not unsupported)
+
+
+def has_little_shared_memory(tensor: Tensor) -> bool:
+    """Whether the tensor is on a GPU with 99 KiB of shared memory for a block, as GeForce cards have, not 163 or more.
+
+    Source: NVIDIA, "CUDA C++ Programming Guide", table of technical specifications per compute capability.
+    """
+    capabilities = (8, 6), (8, 9), (12, 0), (12, 1)
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) in capabilities
 
 
 def library_op(name: str) -> Callable:

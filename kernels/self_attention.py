@@ -15,6 +15,7 @@ from p2pz.kernels.cross_attention import short_attention
 from p2pz.kernels.dispatch import (
     check_attention,
     choose_triton,
+    has_little_shared_memory,
     launch,
     library_op,
     score_scale,
@@ -289,9 +290,10 @@ _FLOAT32_TILES = {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 2)}
 
 
 def _tiles(kernel: str, q: Tensor) -> tuple[int, int, int, int]:
-    """Tile sizes, warps and stages."""
+    """Tile sizes, warps and stages; a third stage of heads of more than 64 does not fit into every GPU."""
     table = _FLOAT32_TILES if q.dtype == torch.float32 else _TILES[kernel]
-    return next(tiles for width, tiles in table.items() if q.shape[-1] <= width)
+    *tile, stages = next(tiles for width, tiles in table.items() if q.shape[-1] <= width)
+    return *tile, min(stages, 2) if has_little_shared_memory(q) else stages
 
 
 def _parts(q: Tensor) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Choosing a backend, and life without Triton."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,15 @@ import pytest
 import torch
 
 from p2pz.kernels import dispatch, gating
-from p2pz.kernels.dispatch import choose_triton, compile_ahead, launch, split_width, tl, triton
+from p2pz.kernels.dispatch import (
+    choose_triton,
+    compile_ahead,
+    has_little_shared_memory,
+    launch,
+    split_width,
+    tl,
+    triton,
+)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -50,6 +59,58 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     with pytest.raises(ValueError, match="the tensors are on cpu: CUDA tensors are needed"):
         choose_triton("triton", None, torch.ones(1))
+
+
+@pytest.mark.parametrize(("capability", "serves", "little"), [
+    ((7, 5), False, False), ((8, 0), True, False), ((8, 6), True, True), ((8, 9), True, True), ((9, 0), True, False),
+    ((10, 0), True, False), ((12, 0), True, True),
+])  # fmt: skip
+def test_generations_of_gpus(capability, serves, little, monkeypatch):
+    class OnAGpu(torch.Tensor):
+        is_cuda = True
+
+    x = torch.ones(1).as_subclass(OnAGpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_triton("auto", None, x) == serves and has_little_shared_memory(x) == little
+    if not serves:
+        with pytest.raises(ValueError, match="older than NVIDIA's Ampere"):
+            choose_triton("triton", None, x)
+
+
+FOR_A_GEFORCE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from p2pz.kernels import self_attention
+
+class Driver:  # of a GPU that is not there: kernels are compiled for it, and not launched
+    get_current_device = get_current_stream = lambda *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 86, 32)
+    get_active_torch_device = lambda self: torch.device("meta")
+
+def compile_only(kernel, grid, *arguments, **options):
+    compiled = kernel.warmup(*arguments, grid=grid, **options)
+    print(kernel.fn.__name__, q.shape[-1], compiled.metadata.shared)
+
+triton.runtime.driver.set_active(Driver())
+self_attention.launch, self_attention.has_little_shared_memory = compile_only, lambda q: True
+for width in WIDTHS:
+    qkv = torch.empty(1, 256, 24 * width, dtype=torch.float16, device="meta")
+    q, k, v = (x.unflatten(-1, (8, width)) for x in qkv.chunk(3, -1))
+    out, logsum = self_attention._attention._init_fn(q, k, v)
+    self_attention._attention_backward._init_fn(out, q, k, v, out, logsum, True)
+"""
+
+
+@pytest.mark.parametrize("widths", [[80, 160], pytest.param([40, 64, 128, 256], marks=pytest.mark.slow)], ids=str)
+def test_attention_fits_into_the_shared_memory_of_a_geforce(widths):
+    """99 KiB for a block; all other kernels take less than these, which have three stages elsewhere."""
+    pytest.importorskip("triton")
+    code = FOR_A_GEFORCE.replace("WIDTHS", str(widths))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    taken = {(name, int(width)): int(size) for name, width, size in map(str.split, done.stdout.splitlines())}
+    assert len(taken) == 3 * len(widths) and all(0 < size <= 99 * 1024 for size in taken.values()), taken
 
 
 @pytest.mark.parametrize("element_size", [2, 4])
