@@ -111,7 +111,7 @@ def check_finite(results: Tensor, model: Model, latents: Tensor, timestep: Tenso
         return
     layer = first_layer_with_nan(model, latents, timestep, context)
     where = f"first in {layer}, at the first step" if layer else "after the first step"
-    remedy = "a strength is too large"
+    remedy = "a strength or a guidance is too large"
     if model.dtype == torch.float16:
         remedy = f"float16 may overflow, load with dtype=torch.bfloat16 or torch.float32 (--dtype); or {remedy}"
     raise ValueError(f"the latents became infinite or NaN, {where}: {remedy}")

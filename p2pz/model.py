@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import math
 import os
 import re
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from p2pz import schedule, text
-from p2pz.attention import Attend, Hooks, attend
-from p2pz.engine import Graphs, explain_out_of_memory
+from p2pz.attention import Attend, Hooks, plain
+from p2pz.engine import Graphs, Tensors, explain_out_of_memory
 from p2pz.unet import Conditioning, UNet, UNetConfig
 from p2pz.vae import VAE, VAEConfig
 from p2pz.weights import (
@@ -29,6 +31,7 @@ from p2pz.weights import (
     find_tokenizer,
     mini_world,
     open_checkpoint,
+    printable,
     read_json,
     reason,
 )
@@ -51,8 +54,9 @@ class Model:
         unet, vae, text_encoder, tokenizer: the parts.
         prediction_type: what the UNet predicts, `"epsilon"` or `"v_prediction"`.
         text_fingerprint: short name of the text encoder's weights; directions carry it.
-        fingerprint: short name of the UNet's weights and of these; inversions carry it.
+        fingerprint: short name of all weights and of what the UNet predicts; inversions carry it.
         tokenizer_2: of the second text encoder, if there are two (SDXL); `text_encoder` is then a list of both.
+        zeros_for_nothing: whether zeros stand for an empty negative prompt of SDXL.
         max_memory: bytes of GPU memory that it may take, see `p2pz.memory`; None: any.
         checkpoint: the gradient of the map guidance computes activations again instead of keeping them.
         graphs: work that was recorded for repetition on a GPU.
@@ -67,6 +71,7 @@ class Model:
     text_fingerprint: str
     fingerprint: str
     tokenizer_2: CLIPTokenizer | None = None
+    zeros_for_nothing: bool = True
     max_memory: int | None = None
     checkpoint: bool = False
     graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False)
@@ -141,8 +146,11 @@ class Model:
     def encode_text(self, sentences: Sequence[str]) -> Tensor:
         """Text states `[len(sentences), 77, d]`; SDXL's have a row more, see `p2pz.text.encode_text_twice`.
 
-        Raises ValueError if there are no sentences. Warns of words that the bundled model has never seen.
+        Raises ValueError if there are no sentences, or something else. Warns of words that the bundled model has never
+        seen.
         """
+        for sentence in sentences:
+            text.check_text(sentence)
         unknown = set(re.findall(r"[^\W\d_]+", " ".join(sentences).lower())) - set(mini_world.VOCABULARY)
         if self.is_mini and unknown:
             warnings.warn(
@@ -157,9 +165,9 @@ class Model:
             return text.encode_text(self.tokenizer, self.text_encoder, sentences)
 
     def encode_negative(self, sentences: Sequence[str]) -> Tensor:
-        """Text states of negative prompts. Those of an empty one are zeros for SDXL, as it was trained."""
+        """Text states of negative prompts. Those of an empty one are zeros for SDXL as it was trained."""
         states = self.encode_text(sentences)
-        if self.tokenizer_2 is not None:
+        if self.tokenizer_2 is not None and self.zeros_for_nothing:
             states[[not sentence for sentence in sentences]] = 0
         return states
 
@@ -174,10 +182,7 @@ class Model:
         Returns:
             `[B, 4, h, w]` float32, about unit variance.
         """
-        images = images.to(self.device, self.vae.quant_conv.weight.dtype, memory_format=torch.channels_last)
-        with self.at_work(self.vae) as graphs:  # one by one, because each takes much memory
-            moments = [graphs.call(("encode", id(self.vae)), self.vae.encode, [image]) for image in images.split(1)]
-        latents, log_variance = (torch.cat(parts).float() for parts in zip(*moments, strict=True))
+        latents, log_variance = self._through_vae("encode", images)
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator).to(latents.device)
             latents = latents + (0.5 * log_variance).exp() * noise
@@ -186,12 +191,32 @@ class Model:
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` float32 in [-1, 1] of scaled latents `[B, 4, h, w]`."""
-        latents = latents / self.vae.config.scaling_factor
-        latents = latents.to(self.vae.quant_conv.weight.dtype, memory_format=torch.channels_last)
+        (images,) = self._through_vae("decode", latents / self.vae.config.scaling_factor)
+        return images.clamp(-1, 1)
+
+    def _through_vae(self, way: str, inputs: Tensor) -> Tensors:
+        """What the VAE's `encode` or `decode` makes of a batch, float32; if a half precision overflows, in float32.
+
+        Raises ValueError if the results are not finite all the same.
+        """
+
+        def run(graphs: Graphs, vae: VAE) -> Tensors:
+            batch = inputs.to(self.device, vae.quant_conv.weight.dtype, memory_format=torch.channels_last)
+            function = vae.encode if way == "encode" else lambda x: [vae.decode(x)]  # must not hold the model
+            made = [graphs.call((way, id(vae)), function, [x]) for x in batch.split(1)]  # each takes much memory
+            return [torch.cat(parts).float() for parts in zip(*made, strict=True)]
+
         with self.at_work(self.vae) as graphs:
-            kind, vae = ("decode", id(self.vae)), self.vae  # by name: what is recorded must not hold the model
-            images = [graphs.call(kind, lambda x: [vae.decode(x)], [one])[0] for one in latents.split(1)]
-        return torch.cat(images).float().clamp(-1, 1)
+            results = run(graphs, self.vae)
+            if self.vae.quant_conv.weight.dtype != torch.float32 and not _finite(results):
+                warnings.warn(
+                    f"the VAE of {self.folder} overflows in {self.vae.quant_conv.weight.dtype}, so it works in float32",
+                    stacklevel=2,
+                )
+                results = run(Graphs(record=False), copy.deepcopy(self.vae).float())
+        if not _finite(results):
+            raise ValueError(f"the VAE of {self.folder} {way}s to infinite or NaN numbers: its file is damaged")
+        return results
 
     @torch.no_grad()
     def condition(self, timesteps: Tensor, context: Tensor, size: tuple[int, int] | None = None) -> Conditioning:
@@ -209,7 +234,7 @@ class Model:
         return self.unet.condition(timesteps, context, (height, width))
 
     def predict(
-        self, latents: Tensor, conditioning: Conditioning, attend: Attend | Hooks = attend, checkpoint: bool = False
+        self, latents: Tensor, conditioning: Conditioning, attend: Attend | Hooks = plain, checkpoint: bool = False
     ) -> Tensor:
         """Output of the UNet, see `to_noise` for what it means.
 
@@ -229,6 +254,10 @@ class Model:
     def to_noise(self, prediction: Tensor, latents: Tensor, alpha: Tensor | float) -> Tensor:
         """The noise (epsilon) that a prediction for latents stands for; `alpha` is their alpha-bar."""
         return schedule.to_epsilon(prediction, latents, alpha, self.prediction_type)
+
+
+def _finite(results: Tensors) -> bool:
+    return all(bool(result.isfinite().all()) for result in results)
 
 
 def loaded(model: Model | None) -> Model:
@@ -254,6 +283,7 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
     return device
 
 
+@torch.inference_mode(False)  # weights that are made there cannot serve a gradient elsewhere
 @explain_out_of_memory
 def load(
     source: str | Path | None = None,
@@ -309,7 +339,7 @@ def load(
     vae = _load_module(VAE, VAEConfig, checkpoint.vae)
     text_encoder, tokenizers = _load_text(checkpoint, tokenizer)
     text_fingerprint = text.fingerprint(text_encoder)
-    unet_fingerprint = text.fingerprint(unet, ("conv_in.weight", "time_emb_proj.bias"))
+    fingerprint = text.fingerprint(unet, vae)
     _check_text(text_encoder, unet.config, checkpoint.path)
     weights = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
     if budget is not None and weights > budget:
@@ -326,13 +356,16 @@ def load(
         text_encoder=_place(text_encoder, home, dtype),
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
+        zeros_for_nothing=checkpoint.zeros_for_nothing,
         prediction_type=prediction_type or "epsilon",
         text_fingerprint=text_fingerprint,
-        fingerprint=f"{unet_fingerprint}-{text_fingerprint}",
+        fingerprint=f"{fingerprint}-{text_fingerprint}",
         max_memory=budget,
     )
     if prediction_type is None:
         model = replace(model, prediction_type=_probe_prediction_type(model))
+    if model.prediction_type != "epsilon":
+        model = replace(model, fingerprint=f"{model.fingerprint}-{model.prediction_type}")
     is_sd2 = unet.config.linear_projection and not unet.config.pooled_channels
     if checkpoint.scheduler is None and is_sd2 and model.prediction_type == "v_prediction":
         unet.config = replace(unet.config, sample_size=96)  # which no tensor tells of Stable Diffusion 2's 768 x 768
@@ -418,6 +451,12 @@ def _place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 def _read_prediction_type(path: Path) -> str:
     """Check that a scheduler's file describes Stable Diffusion's noise schedule, and return what the UNet predicts."""
     config = read_json(path)
+    scheduler = str(config.get("_class_name"))
+    if re.match("EDM|Flow", scheduler):
+        raise CheckpointError(
+            f"{path}: {printable(scheduler)} is for models of another noise schedule than Stable Diffusion's: "
+            "give a model that was trained with that"
+        )
     expected = {
         "beta_schedule": "scaled_linear",
         "beta_start": 0.00085,
@@ -425,14 +464,22 @@ def _read_prediction_type(path: Path) -> str:
         "num_train_timesteps": schedule.TRAINING_STEPS,
         "trained_betas": None,
         "rescale_betas_zero_snr": False,
+        "use_flow_sigmas": False,
     }
     for key, value in expected.items():
+        if key not in config and key.startswith("beta_"):  # where diffusers would take those of another schedule
+            raise CheckpointError(
+                f'{path} lacks {key}: if the model was trained as Stable Diffusion is, add "{key}": {json.dumps(value)}'
+            )
         if config.get(key, value) != value:
-            raise CheckpointError(f"{path}: {key} is {config[key]}, but Stable Diffusion's is {value}")
+            raise CheckpointError(
+                f"{path}: {key} is {printable(str(config[key]))}, but Stable Diffusion's is {value}: "
+                "give a model that was trained with that"
+            )
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise CheckpointError(
-            f"{path}: prediction_type {prediction_type} is not supported (epsilon and v_prediction are)"
+            f"{path}: prediction_type {printable(str(prediction_type))} is not supported (epsilon and v_prediction are)"
         )
     return prediction_type
 

@@ -146,22 +146,30 @@ def load_tokenizer(folder: Path, encoder: nn.Module, pad_token: str | None = Non
     return tokenizer
 
 
-TOLD_BY = "layer_norm2.weight", "final_layer_norm.bias", "position_embedding.weight"
-"""Endings of the names of some parameters that are small and no two text encoders share."""
+def fingerprint(*modules: nn.Module) -> str:
+    """Short name of the weights of modules, the same for the float16 and the float32 file of one checkpoint.
 
-
-def fingerprint(module: nn.Module, told_by: tuple[str, ...] = TOLD_BY) -> str:
-    """Short name of a module's weights, the same for the float16 and the float32 file of one checkpoint.
+    Training, or merging a LoRA, changes every number of the parameters that it touches, so the first ones of each tell:
+    a page of the file for each.
 
     Args:
-        module: a text encoder, or a list of them, or another; freshly loaded, not yet converted to another dtype.
-        told_by: endings of the names of the parameters that tell.
+        modules: text encoders, or others; freshly loaded, not yet converted to another dtype.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        if name.endswith(told_by):
-            digest.update(parameter.detach().half().cpu().numpy().tobytes())
+    for module in modules:
+        for _, parameter in sorted(module.named_parameters()):
+            digest.update(parameter.detach().reshape(-1)[:64].half().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def check_text(text: Any) -> None:
+    """Raise ValueError for anything but text that can be written as UTF-8."""
+    if not isinstance(text, str):
+        raise ValueError(f"a text is needed, not {printable(repr(text), 100)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"this text is not valid Unicode (UTF-8): {printable(repr(text), 100)}") from None
 
 
 def _tokens(tokenizer: CLIPTokenizer, sentences: list[str], warn: bool = True) -> Tensor:

@@ -1,6 +1,7 @@
 """What is found out about checkpoints and edits: facts, doubts, and the layer at fault."""
 
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from p2pz.info import describe
 from p2pz.memory import plan_for
 from p2pz.model import GIB
 from p2pz.unet import UNet, UNetConfig
+from p2pz.vae import VAE
 from p2pz.weights import MINI_FOLDER
 
 
@@ -79,6 +81,48 @@ def test_the_layer_at_fault_is_named(parameter, place, model, inputs):
 def test_the_first_of_several_layers_is_named(model, inputs):
     with poison(model, "conv_out.weight"), poison(model, "mid_block.resnets.1.conv1.weight"):
         assert first_layer_with_nan(model, *inputs) == "mid_block.resnets.1"
+
+
+def test_no_method_draws_pictures_of_nan(model):
+    inversion = p2pz.Inversion(torch.randn(4, 32, 32), torch.randn(4, 32, 32), "a cat", 2, model.fingerprint)
+    with poison(model, "mid_block.resnets.1.conv1.weight"):
+        for method, *given in (
+            (p2pz.sample, "a cat"),
+            (p2pz.sdedit, inversion, "cat->dog"),
+            (p2pz.ddim_edit, inversion, "cat->dog"),
+            (p2pz.prompt_to_prompt, inversion, "cat->dog"),
+        ):
+            with pytest.raises(ValueError, match=r"became infinite or NaN, first in mid_block.resnets.1, at the first"):
+                method(*given, model=model, progress=False, **({"steps": 1} if method is p2pz.sample else {}))
+
+
+@pytest.mark.parametrize("way", ["encode", "decode"])
+def test_an_autoencoder_that_overflows_works_in_float32(way, model, monkeypatch):
+    half = p2pz.load(MINI_FOLDER, device="cpu", dtype=torch.float16)
+    inputs = torch.rand(2, 3, 32, 32) if way == "encode" else torch.randn(2, 4, 8, 8)
+    runs = [{"encode": each.encode_image, "decode": each.decode_latents}[way] for each in (model, half)]
+    expected, function = runs[0](inputs), getattr(VAE, way)
+
+    def overflow(most):
+        def run(vae, x):
+            results = function(vae, x)
+            results = results if way == "encode" else (results,)
+            results = [result * torch.inf if x.dtype in most else result for result in results]
+            return results if way == "encode" else results[0]
+
+        monkeypatch.setattr(VAE, way, run)
+
+    overflow([torch.float16])
+    with pytest.warns(UserWarning, match="overflows in torch.float16, so it works in float32"):
+        assert torch.equal(runs[1](inputs), expected)
+    assert half.vae.quant_conv.weight.dtype == torch.float16
+    overflow([torch.float16, torch.float32])
+    for run in runs:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            pytest.raises(ValueError, match=f"{way}s to infinite or NaN numbers: its file is damaged"),
+        ):
+            run(inputs)
 
 
 def test_inputs_that_are_not_finite(model, inputs):

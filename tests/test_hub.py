@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import p2pz
-from p2pz.weights import MINI_FOLDER, CheckpointError, find_tokenizer
+from p2pz.weights import MINI_FOLDER, CheckpointError, find_tokenizer, open_checkpoint
 from p2pz.weights.hub import TOKENIZER, is_hub_id, needed_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -106,7 +106,7 @@ def same(model, folder=MINI_FOLDER):
 def test_downloads_what_is_needed_and_then_works_offline(how, hub, repository, monkeypatch):
     assert same(p2pz.load("owner/mini", device="cpu"))
     needed = {f"{part}/config.json" for part in ("unet", "vae", "text_encoder")} | {"scheduler/scheduler_config.json"}
-    needed |= {UNET, UNET.replace("unet", "vae"), "text_encoder/model.safetensors"}
+    needed |= {UNET, UNET.replace("unet", "vae"), "text_encoder/model.safetensors", "model_index.json"}
     assert needed <= set(hub.downloaded) and len(hub.downloaded) == len(set(hub.downloaded))
     assert {name.split("/")[0] for name in set(hub.downloaded) - needed} == {"tokenizer"}
     hub.downloaded.clear()
@@ -137,6 +137,45 @@ def test_what_the_cache_lacks_is_downloaded(hub, repository, monkeypatch):
     hub.downloaded.clear()
     assert same(p2pz.load("owner/mini", device="cpu"))
     assert hub.downloaded == ["vae/diffusion_pytorch_model.safetensors"]
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def snapshot(hub):
+    return hub.cache / f"models--owner--mini/snapshots/{COMMIT}"
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "scheduler", "tokenizer_2", "text_encoder", "text_encoder_2"])
+def test_folders_that_the_cache_lacks_are_downloaded(part, hub, repository, monkeypatch):
+    """Of what has the parts of Stable Diffusion XL, none of which is another family's without one."""
+    change_json(repository / "unet/config.json", addition_embed_type="text_time")
+    for name in ("text_encoder", "tokenizer"):
+        shutil.copytree(repository / name, repository / f"{name}_2")
+    open_checkpoint("owner/mini")
+    expected = sorted(f"{part}/{path.name}" for path in (snapshot(hub) / part).iterdir())
+    for path in (snapshot(hub) / part).iterdir():
+        path.resolve().unlink()
+    shutil.rmtree(snapshot(hub) / part)
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(CheckpointError, match=rf"does not hold all of it \(.*/{part}/\w*.json is missing"):
+            open_checkpoint("owner/mini")
+    hub.downloaded.clear()
+    open_checkpoint("owner/mini")
+    assert sorted(hub.downloaded) == expected
+
+
+@pytest.mark.parametrize("how", ["online", "offline"])
+@pytest.mark.parametrize("name", ["unet/config.json", "model_index.json"])
+def test_another_family_in_the_cache_is_refused_as_such(name, how, hub, repository, monkeypatch):
+    """Not as something that the hub could mend."""
+    open_checkpoint("owner/mini")
+    change_json(snapshot(hub) / name, in_channels=9, _class_name="KandinskyV22Pipeline" if "index" in name else "")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "offline")
+    with pytest.raises(CheckpointError, match=f"mini/snapshots/{COMMIT} looks like (an inpainting model|Kandinsky)"):
+        open_checkpoint("owner/mini")
 
 
 def test_half_precision_in_the_cache_is_used(hub, repository, monkeypatch):
@@ -185,17 +224,18 @@ def test_a_folder_here_goes_before_the_hub(hub, repository):
 
 
 def test_other_families_are_refused_before_their_weights_are_downloaded(hub, repository):
-    config = json.loads((repository / "unet/config.json").read_text())
-    (repository / "unet/config.json").write_text(json.dumps(config | {"in_channels": 9}))
-    with pytest.raises(CheckpointError, match="owner/mini looks like an inpainting model"):
-        p2pz.load("owner/mini")
-    assert hub.downloaded == ["unet/config.json"]
-    (repository / "text_encoder").rename(repository / "text_encoder_2")
-    shutil.rmtree(hub.cache)
-    hub.downloaded.clear()
-    with pytest.raises(CheckpointError, match="owner/mini looks like the refiner of Stable Diffusion XL"):
-        p2pz.load("owner/mini")
-    assert hub.downloaded == []
+    xl = {"in_channels": 4, "addition_embed_type": "text_time", "cross_attention_dim": 1280}
+    for name, changes, message in (
+        ("unet/config.json", {"in_channels": 9}, "an inpainting model"),
+        ("unet/config.json", xl, "the refiner of Stable Diffusion XL"),
+        ("model_index.json", {"_class_name": "KandinskyV22Pipeline"}, "Kandinsky"),
+    ):
+        change_json(repository / name, **changes)
+        with pytest.raises(CheckpointError, match=f"owner/mini looks like {message}"):
+            p2pz.load("owner/mini")
+        assert hub.downloaded == ["model_index.json", "unet/config.json"][: 2 if "unet" in name else 1]
+        shutil.rmtree(hub.cache)
+        hub.downloaded.clear()
 
 
 def test_needed_files_of_stable_diffusion_xl():

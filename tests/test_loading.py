@@ -204,6 +204,14 @@ def test_pickles_are_refused(tmp_path):
         find_tensors(tmp_path)
 
 
+@pytest.mark.parametrize("variant", ["bf16", "non_ema"])
+def test_variants_that_p2pz_does_not_choose_are_named(variant, tmp_path):
+    (tmp_path / f"diffusion_pytorch_model.{variant}.safetensors").touch()
+    (tmp_path / f"diffusion_pytorch_model.{variant}.bin").touch()
+    with pytest.raises(CheckpointError, match=rf"but diffusion_pytorch_model.{variant}.safetensors: take the var"):
+        find_tensors(tmp_path)
+
+
 def test_rename():
     rows = ((r"old\.(.*)", r"new.\1"), (r"old\.a", "other"), ("junk", None))
     assert rename({"old.a": 1, "keep": 2, "junk": 3}, rows, "file") == {"new.a": 1, "keep": 2}
@@ -349,6 +357,25 @@ def test_text_encoder_is_read_in_the_dtype_of_its_file(folder):
     assert len(fingerprints) == 1
 
 
+@pytest.mark.parametrize(("part", "name"), [
+    ("text_encoder/model", "q_proj.weight"), ("text_encoder/model", "fc2.weight"),
+    ("unet/diffusion_pytorch_model", "to_k.weight"), ("unet/diffusion_pytorch_model", "ff.net.2.weight"),
+    ("vae/diffusion_pytorch_model", "conv_out.weight"),
+])  # fmt: skip
+def test_a_merged_lora_or_another_vae_make_another_model(part, name, folder):
+    """Directions are of a text encoder, inversions of the whole model."""
+    before = p2pz.load(folder)
+    path = folder / f"{part}.safetensors"
+    tensors = load_file(path)
+    change = {key: x + 0.01 * torch.randn_like(x) for key, x in tensors.items() if key.endswith(name)}
+    assert change
+    save_file(tensors | change, path, {"format": "pt"})
+    after = p2pz.load(folder)
+    assert after.fingerprint != before.fingerprint
+    assert (after.text_fingerprint != before.text_fingerprint) == part.startswith("text_encoder")
+    assert p2pz.load(folder, prediction_type="v_prediction").fingerprint not in (before.fingerprint, after.fingerprint)
+
+
 def test_fingerprint_tells_text_encoders_apart(saved):
     assert (
         len(
@@ -470,6 +497,21 @@ def drop_tensor(name, tensor):
     return lambda folder: change_tensors(folder / name, lambda tensors: tensors.pop(tensor))
 
 
+def of_class(pipeline, **parts):
+    """The folder of another pipeline, with some parts under other names."""
+
+    def spoil(folder):
+        change_json(folder / "model_index.json", _class_name=pipeline)
+        for here, there in parts.items():
+            (folder / here).rename(folder / there)
+
+    return spoil
+
+
+def both(*spoils):
+    return lambda folder: [spoil(folder) for spoil in spoils]
+
+
 def to_pickle(name):
     return lambda folder: (folder / name).rename((folder / name).with_suffix(".bin"))
 
@@ -498,9 +540,35 @@ WRONG = {
     "word numbers": (number_a_word(1000), "tokenizer numbers words up to 1000, but the text encoder has 632"),
     "no padding": (set_json("tokenizer/tokenizer_config.json", pad_token=None), "tokenizer has no pad_token"),
     "two text encoders": (lambda f: (f / "text_encoder_2").mkdir(), "text_encoder_2/config.json is missing"),
-    "refiner of XL": (lambda f: (f / "text_encoder").rename(f / "text_encoder_2"), "looks like the refiner of"),
+    "no text encoder of two": (lambda f: (f / "text_encoder").rename(f / "text_encoder_2"), "text_encoder/config.json"),
+    "no second text encoder": (set_json("unet/config.json", addition_embed_type="text_time"), "text_encoder_2/config"),
+    "refiner of XL": (
+        set_json("unet/config.json", addition_embed_type="text_time", cross_attention_dim=1280),
+        "looks like the refiner of"
+    ),
     "transformer": (lambda f: (f / "unet").rename(f / "transformer"), "looks like Stable Diffusion 3, Flux or another"),
     "inpainting": (set_json("unet/config.json", in_channels=9), "looks like an inpainting model, .* reads 9 channels"),
+    "InstructPix2Pix": (
+        both(of_class("StableDiffusionInstructPix2PixPipeline"), set_json("unet/config.json", in_channels=8)),
+        "looks like an InstructPix2Pix model, .* reads 8 channels",
+    ),
+    "video": (
+        set_json("unet/config.json", in_channels=8, _class_name="UNetSpatioTemporalConditionModel"),
+        "looks like Stable Video Diffusion .its class is UNetSpatio",
+    ),
+    "upscaler of latents": (
+        both(of_class("StableDiffusionLatentUpscalePipeline"), set_json("unet/config.json", in_channels=8)),
+        "looks like an upscaler of latents",
+    ),
+    "sound": (
+        both(of_class("AudioLDMPipeline"), set_json("unet/config.json", in_channels=8)), "models of sound"
+    ),
+    "Kandinsky": (of_class("KandinskyV22Pipeline", vae="movq"), "looks like Kandinsky"),
+    "cascade": (of_class("StableCascadeDecoderPipeline", unet="decoder", vae="vqgan"), "looks like Stable Cascade"),
+    "a class that is a list": (
+        both(set_json("model_index.json", _class_name=["pipeline", "Mine"]), remove("vae")),
+        "vae/config.json is missing",
+    ),
     "other text encoder": (set_json("text_encoder/config.json", model_type="bert"), "no CLIP text .* of type bert"),
     "text heads": (set_json("text_encoder/config.json", num_attention_heads=5), "describes no text encoder"),
     "integers": (lambda f: change_tensors(f / VAE_FILE, lambda t: t.update({"quant_conv.bias": torch.zeros(8).int()})),
@@ -532,7 +600,7 @@ WRONG = {
     "unet null": (set_json("unet/config.json", block_out_channels=None), "unet"),
     "unet heads": (set_json("unet/config.json", attention_head_dim=5), "unet"),
     "unet groups": (set_json("unet/config.json", norm_num_groups=7), "unet"),
-    "unet of XL": (set_json("unet/config.json", addition_embed_type="text_time"), "addition_embed_type is text_time"),
+    "unet of images": (set_json("unet/config.json", addition_embed_type="image"), "addition_embed_type is image"),
     "vae groups": (set_json("vae/config.json", norm_num_groups=0), "vae"),
     "vae blocks": (set_json("vae/config.json", down_block_types=["Foo"] * 4), "its down_block_types is"),
     "betas": (set_json(SCHEDULER, beta_schedule="linear"), "beta_schedule is linear, but .* scaled_linear"),
@@ -540,6 +608,14 @@ WRONG = {
     "training steps": (set_json(SCHEDULER, num_train_timesteps=500), "num_train_timesteps is 500"),
     "trained betas": (set_json(SCHEDULER, trained_betas=[0.1] * 1000), "trained_betas"),
     "zero terminal": (set_json(SCHEDULER, rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+    "EDM": (set_json(SCHEDULER, _class_name="EDMEulerScheduler"), "EDMEulerScheduler is for models of another noise"),
+    "EDM solver": (set_bytes(SCHEDULER, b'{"_class_name": "EDMDPMSolverMultistepScheduler"}'), "EDMDPM.* is for"),
+    "flow": (set_bytes(SCHEDULER, b'{"_class_name": "FlowMatchEulerDiscreteScheduler"}'), "FlowMatchEuler.* is for"),
+    "flow sigmas": (set_json(SCHEDULER, use_flow_sigmas=True), "use_flow_sigmas is True"),
+    "no betas": (set_bytes(SCHEDULER, b'{"_class_name": "DDIMScheduler"}'),
+                 'lacks beta_schedule: if .*, add "beta_schedule": "scaled_linear"'),
+    "no beta start": (set_json(SCHEDULER, beta_start=...), 'lacks beta_start: .*, add "beta_start": 0.00085'),
+    "no beta end": (set_json(SCHEDULER, beta_end=...), 'lacks beta_end: .*, add "beta_end": 0.012'),
     "prediction": (set_json(SCHEDULER, prediction_type="sample"), "prediction_type sample is not supported"),
 }  # fmt: skip
 
@@ -629,8 +705,14 @@ def test_a_file_is_no_model(folder):
 
 
 def test_the_folder_of_a_single_file_is_no_model(tmp_path):
-    (tmp_path / "v1-5.safetensors").touch()
+    save_file({"model.diffusion_model.out.0.bias": torch.zeros(1)}, tmp_path / "v1-5.safetensors")
     with pytest.raises(CheckpointError, match=r"has no unet folder; to load a single file, give .*/v1-5.safetensors"):
+        p2pz.load(tmp_path)
+
+
+def test_the_folder_of_a_lora_is_told_so(tmp_path):
+    save_file({"unet.mid_block.to_q.lora_A.weight": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"pytorch_lora_weights.safetensors looks like a LoRA .*: merge it"):
         p2pz.load(tmp_path)
 
 

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import types
 import warnings
 from dataclasses import replace
 
@@ -299,22 +300,27 @@ def check_same(*models):
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def fill_vocabulary(folder):
+    """A tokenizer with as many words as CLIP's; returns its folder."""
+    shutil.copytree(TOKENIZER, folder)
+    words = json.loads((TOKENIZER / "vocab.json").read_text())
+    words = [word for word in words if not word.startswith("<|")]
+    words += [f"filler{i}" for i in range(49406 - len(words))] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_equals_diffusers_at_full_width(family, randomise, tmp_path, assert_close):
     """The published shapes, vocabulary included, in a float16 file, computed in float32: 17 GB of memory, 6 of disk."""
-    shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
-    words = json.loads((TOKENIZER / "vocab.json").read_text())
-    words = [word for word in words if not word.startswith("<|")]
-    words += [f"filler{i}" for i in range(49406 - len(words))] + ["<|startoftext|>", "<|endoftext|>"]
-    (tmp_path / "tokenizer/vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-
-    pipe = build(family, randomise, tmp_path / "tokenizer", FULL).to(torch.float16)
+    tokenizer = fill_vocabulary(tmp_path / "tokenizer")
+    pipe = build(family, randomise, tokenizer, FULL).to(torch.float16)
     folder, path = tmp_path / "folder", tmp_path / "model.safetensors"
     save_file(ldm_tensors(pipe, family), path)
     pipe.save_pretrained(folder)
     del pipe
-    settings = {"device": "cpu", "tokenizer": tmp_path / "tokenizer"}
+    settings = {"device": "cpu", "tokenizer": tokenizer}
     if family == "sd2":
         settings["prediction_type"] = "v_prediction"
     check_same(p2pz.load(folder, device="cpu", dtype=torch.half), p2pz.load(path, dtype=torch.half, **settings))
@@ -348,6 +354,28 @@ def test_float8_files_load(tensors, tmp_path):
     expected = tensors["model.diffusion_model.out.2.weight"].to(torch.float8_e4m3fn).float()
     save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
     assert torch.equal(load(tmp_path / "x.safetensors").unet.conv_out.weight, expected)
+
+
+def test_names_of_the_vaes_attention_as_diffusers_has_them(tensors, saved, tmp_path):
+    """Linear layers, as some programs write them in an otherwise original file."""
+    names = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+    pattern = r"(first_stage_model\.\w+\.mid\.attn_1)\.(q|k|v|proj_out)\.(weight|bias)"
+    matches = [match for match in (re.fullmatch(pattern, name) for name in tensors) if match]
+    assert len(matches) == 16
+    for match in matches:
+        tensor = tensors.pop(match[0])
+        tensors[f"{match[1]}.{names[match[2]]}.{match[3]}"] = tensor.flatten(1) if tensor.ndim == 4 else tensor
+    save_file(tensors, tmp_path / "x.safetensors")
+    expected = load(saved("sd1")[2]).vae.state_dict()
+    weights = load(tmp_path / "x.safetensors").vae.state_dict()
+    assert all(torch.equal(x, expected[name].half().float()) for name, x in weights.items())
+
+
+def test_a_buffer_that_merges_add_to_open_clip(saved, tmp_path):
+    buffer = {"cond_stage_model.model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    path = rewrite(saved("sd2")[2], tmp_path / "x.safetensors", lambda tensors: tensors.update(buffer))
+    models = [load(each, prediction_type="epsilon") for each in (path, saved("sd2")[2])]
+    assert models[0].text_fingerprint == models[1].text_fingerprint
 
 
 def test_names_of_text_encoders_that_merges_lose(tensors, saved, tmp_path):
@@ -400,14 +428,33 @@ def test_prediction_type_is_what_the_caller_or_the_file_says(saved, tmp_path):
         for kind, size in (("v_prediction", 768), ("epsilon", 512)):
             told = load(sd2, prediction_type=kind)
             assert (told.prediction_type, told.native_size) == (kind, size)
-        for word, kind in (("v", "v_prediction"), ("epsilon", "epsilon")):
-            path = rewrite(sd2, tmp_path / f"{word}.safetensors", metadata={"modelspec.prediction_type": word})
-            assert load(path).prediction_type == kind
         path = rewrite(sd1, tmp_path / "mark.safetensors", lambda tensors: tensors.update(v_pred=torch.zeros(0)))
         assert load(path).prediction_type == "v_prediction"
         assert p2pz.load(folder, device="cpu", prediction_type="epsilon").prediction_type == "epsilon"
     with pytest.raises(ValueError, match="prediction_type must be epsilon or v_prediction, not 'v'"):
         load(sd1, prediction_type="v")
+
+
+METADATA = [  # what programs write, and what it says
+    ({"modelspec.prediction_type": "v"}, "v_prediction"),
+    ({"modelspec.prediction_type": "epsilon"}, "epsilon"),
+    ({"modelspec.predict_key": "v"}, "v_prediction"),
+    ({"modelspec.predict_key": "epsilon"}, "epsilon"),
+    ({"ss_v_parameterization": "True"}, "v_prediction"),
+    ({"ss_v_parameterization": "False"}, "epsilon"),
+    ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v_prediction"),
+    ({"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon"),
+    ({"modelspec.prediction_type": "epsilon", "modelspec.architecture": "stable-diffusion-v2-768-v"}, "epsilon"),
+    ({"modelspec.prediction_type": "none", "modelspec.predict_key": "v"}, "v_prediction"),
+    ({"modelspec.prediction_type": "none", "format": "pt"}, None),
+]
+
+
+@pytest.mark.parametrize(("metadata", "kind"), METADATA, ids=[str(row[0]) for row in METADATA])
+def test_prediction_type_in_the_metadata(metadata, kind, saved, tmp_path):
+    path = rewrite(saved("sd2")[2], tmp_path / "x.safetensors", metadata=metadata)
+    assert open_checkpoint(path).prediction_type == kind
+    path.unlink()
 
 
 class Answers:
@@ -478,6 +525,14 @@ FOREIGN = {
     "a textual inversion (": ["<cat-toy>"],
     "a textual inversion (it": ["clip_g", "clip_l"],
     "Stable Diffusion unCLIP": ["embedder.model.visual.proj", "noise_augmentor.data_mean", "first_stage_model.x"],
+    "EDM's noise schedule, such as Playground 2.5": ["edm_mean", "edm_std", "model.diffusion_model.out.0.bias"],
+    "or CosXL (it holds edm_vpred": ["edm_vpred.sigma_max", "edm_vpred.sigma_min", "first_stage_model.x"],
+    "Stable Video Diffusion (": ["model.diffusion_model.input_blocks.1.0.time_mixer.mix_factor", "first_stage_model.x"],
+    "Stable Cascade (it holds model": ["model.diffusion_model.clip_txt_mapper.weight", "first_stage_model.x"],
+    "Stable Cascade (": ["clip_mapper.weight", "down_blocks.0.0.depthwise.weight"],
+    "a latent consistency model": ["time_embedding.cond_proj.weight", "down_blocks.0.resnets.0.norm1.bias"],
+    "a latent consistency model (": ["model.diffusion_model.time_embedding.cond_proj.weight", "first_stage_model.x"],
+    "Flux or a transformer like it": ["single_transformer_blocks.0.norm.linear.bias", "x_embedder.bias"],
     "zero terminal SNR": ["ztsnr", "v_pred", "model.diffusion_model.out.0.bias"],
     "a UNet alone": ["conv_in.weight", "time_embedding.linear_1.bias", "down_blocks.0.resnets.0.norm1.bias"],
     "a UNet alone (": ["input_blocks.0.0.weight", "out.0.bias"],
@@ -569,19 +624,54 @@ def test_pickles_are_refused_by_content_and_by_name(suffix, tmp_path):
             p2pz.load(path)
 
 
+def convert(source):
+    """Run the command in the refusal of a pickle."""
+    with pytest.raises(CheckpointError) as error:
+        load(source)
+    command = re.search(r"convert it (?:once|to safetensors first): (python -c '.*)", str(error.value))[1]
+    assert command.isprintable() and "weights_only=True" in command
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+
+
 def test_the_command_that_converts_a_pickle_works(saved, tensors, tmp_path):
-    path = tmp_path / "it's a model.ckpt"
+    path = tmp_path / "it's a [model].ckpt"
     shared = tensors | {"a copy": tensors[CONV_IN]}
     torch.save({"state_dict": shared, "global_step": 470000, "epoch": 6}, path)
-    with pytest.raises(CheckpointError) as error:
-        load(path)
-    command = str(error.value).partition("convert it once: ")[2]
-    assert command.startswith("python -c ") and "weights_only=True" in command
-    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    convert(path)
     with pytest.warns(UserWarning, match="left out: a copy"):
         model = load(path.with_suffix(".safetensors"))
     expected = load(saved("sd1")[2]).unet.state_dict()
     assert all(torch.equal(x, expected[name].half().float()) for name, x in model.unet.state_dict().items())
+
+
+def test_the_command_converts_what_lightning_saved(tensors, tmp_path, monkeypatch):
+    """The first Stable Diffusion files mention a class of the program that trained them."""
+    package, name = "pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"
+    mentioned = type(name, (), {"__module__": package})
+    for module in ("pytorch_lightning", "pytorch_lightning.callbacks", package):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    monkeypatch.setattr(sys.modules[package], name, mentioned, raising=False)
+    path = tmp_path / "sd-v1-4.ckpt"
+    torch.save({"state_dict": tensors, "callbacks": {mentioned: {"monitor": "val/loss"}}}, path)
+    convert(path)
+    assert load_file(path.with_suffix(".safetensors")).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_the_command_converts_the_parts_of_a_folder(variant, saved, tmp_path):
+    """Under the names that p2pz looks for; a UNet in shards becomes one file."""
+    folder = shutil.copytree(saved("sd1")[1], tmp_path / "model")
+    unet, text = folder / "unet/diffusion_pytorch_model.safetensors", folder / "text_encoder/model.safetensors"
+    tensors = list(load_file(unet).items())
+    for i, part in enumerate((tensors[:100], tensors[100:]), 1):
+        torch.save(dict(part), unet.with_name(f"diffusion_pytorch_model{variant}-0000{i}-of-00002.bin"))
+    torch.save(load_file(text), text.with_name(f"pytorch_model{variant}.bin"))
+    for path in (unet, text):
+        path.unlink()
+        convert(folder)
+        assert path.with_suffix(f"{variant}.safetensors").is_file()
+    check_same(p2pz.load(folder, device="cpu"), p2pz.load(saved("sd1")[1], device="cpu"))
+    shutil.rmtree(folder)
 
 
 # --- hostile files ---

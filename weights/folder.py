@@ -4,10 +4,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from p2pz.weights.foreign import check_config, check_parts, check_tensors, is_xl
 from p2pz.weights.reading import (
     Checkpoint,
     CheckpointError,
     Component,
+    IncompleteError,
     Renames,
     conversion,
     printable,
@@ -32,14 +34,6 @@ LAYERS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers
 COMPONENTS = {"unet": (), "vae": VAE_RENAMES, "text_encoder": TEXT_RENAMES}
 XL_COMPONENTS = COMPONENTS | {"text_encoder_2": TEXT_2_RENAMES}
 
-INPUTS = {  # channels that a UNet reads besides 4 of the latents
-    5: "a depth-to-image model",
-    7: "an upscaler",
-    8: "an InstructPix2Pix model",
-    9: "an inpainting model",
-}
-SUPPORTED = "p2pz works with plain Stable Diffusion 1.x, 2.x and XL checkpoints, so give one of those"
-
 
 def open_folder(folder: Path) -> Checkpoint:
     """Read a folder in the diffusers layout: `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and for SDXL
@@ -52,16 +46,19 @@ def open_folder(folder: Path) -> Checkpoint:
         CheckpointError: a part is missing or unreadable, or the model is of another family; names it.
     """
     names = {path.name for path in folder.iterdir()}
+    pipeline = read_json(folder / "model_index.json") if "model_index.json" in names else {}
+    check_config(pipeline, folder)
     check_parts(names, folder)
     single = sorted(name for name in names if name.endswith(".safetensors"))
     if single and "unet" not in names:
+        check_tensors(read_tensors(folder / single[0]).keys(), folder / single[0])
         raise CheckpointError(f"{folder} has no unet folder; to load a single file, give {folder / single[0]}")
+    unet = read_json(folder / "unet/config.json")
+    check_config(unet, folder)
     components = {}
-    for part, renames in components_of(names).items():
+    for part, renames in (XL_COMPONENTS if is_xl(unet) or "text_encoder_2" in names else COMPONENTS).items():
         config_path = folder / part / "config.json"
         config = read_json(config_path)
-        if part == "unet":
-            check_inputs(config.get("in_channels"), folder)
         path = find_tensors(folder / part)
         tensors = rename(read_tensors(path), renames, path)
         check_layers(config, len(tensors), config_path)
@@ -71,6 +68,7 @@ def open_folder(folder: Path) -> Checkpoint:
         tokenizer=folder / "tokenizer",
         tokenizer_2=folder / "tokenizer_2" if "text_encoder_2" in components else None,
         scheduler=folder / "scheduler" / "scheduler_config.json",
+        zeros_for_nothing=pipeline.get("force_zeros_for_empty_prompt") is not False,
         **components,
     )
 
@@ -88,26 +86,6 @@ def check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
     for key, value in config.items():  # some lists have an entry for each level, and it so many layers
         if isinstance(value, list) and len(value) * layers > tensors:
             raise CheckpointError(f"{path}: {printable(key)} has the length {len(value)}, {few}")
-
-
-def components_of(names: Collection[str]) -> dict[str, Renames]:
-    """The parts that a folder must have, given the names of what is in it."""
-    return XL_COMPONENTS if "text_encoder_2" in names else COMPONENTS
-
-
-def check_parts(names: Collection[str], place: Path | str) -> None:
-    """Refuse a folder of another family by the names of what is in it. Raises CheckpointError."""
-    if "text_encoder_2" in names and "unet" in names and "text_encoder" not in names:
-        raise CheckpointError(f"{place} looks like the refiner of Stable Diffusion XL: {SUPPORTED}")
-    if "transformer" in names and "unet" not in names:
-        raise CheckpointError(f"{place} looks like Stable Diffusion 3, Flux or another transformer: {SUPPORTED}")
-
-
-def check_inputs(channels: Any, place: Path | str) -> None:
-    """Refuse a UNet that reads more than latents. Raises CheckpointError."""
-    if isinstance(channels, int) and channels != 4:
-        kind = INPUTS.get(channels, "another kind of model")
-        raise CheckpointError(f"{place} looks like {kind}, since its UNet reads {channels} channels: {SUPPORTED}")
 
 
 def choose_tensors(names: Collection[str]) -> str | None:
@@ -134,16 +112,25 @@ def find_tensors(folder: Path) -> Path:
         folder: the component's folder, such as `unet/`.
 
     Raises:
-        CheckpointError: there is none; says so if there are only pickled weights, which p2pz refuses to open.
+        IncompleteError: there is none; names variants that p2pz does not look for, and pickles, which it does not open.
     """
     names = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
     chosen = choose_tensors(names)
     if chosen:
         return folder / chosen
+    others = sorted(name for name in names if ".safetensors" in name)
+    if others:
+        raise IncompleteError(
+            f"{folder} has no diffusion_pytorch_model.safetensors or model.safetensors, and no fp16 variant, but "
+            f"{printable(', '.join(others))}: take the variant out of the name of the one you want"
+        )
     pickles = sorted(name for name in names if name.endswith(".bin"))
     if pickles:
-        raise CheckpointError(
+        raise IncompleteError(
             f"{folder} has only {pickles[0]}, a pickle file that could run code when opened; "
             f"convert it to safetensors first: {conversion(folder / pickles[0])}"
         )
-    raise CheckpointError(f"{folder} has no diffusion_pytorch_model.safetensors")
+    raise IncompleteError(
+        f"{folder} has no diffusion_pytorch_model.safetensors or model.safetensors: "
+        "a checkpoint folder in the diffusers layout has one of them"
+    )

@@ -4,8 +4,9 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from p2pz.weights.folder import check_inputs, check_parts, choose_tensors, components_of, open_folder
-from p2pz.weights.reading import PICKLES, Checkpoint, CheckpointError, printable, read_json
+from p2pz.weights.folder import COMPONENTS, XL_COMPONENTS, choose_tensors, open_folder
+from p2pz.weights.foreign import check_config, check_parts
+from p2pz.weights.reading import PICKLES, Checkpoint, CheckpointError, IncompleteError, printable, read_json
 
 TOKENIZER = "openai/clip-vit-large-patch14"
 """Whose tokenizer Stable Diffusion 1.x uses; 2.x has the same words and pads with another."""
@@ -31,8 +32,13 @@ def open_from_hub(repository: str) -> Checkpoint:
     if cached is None:
         return open_folder(_download(repository, "it is not in the local cache"))
     try:
-        return open_folder(cached.parent.parent)
-    except CheckpointError as error:
+        checkpoint = open_folder(cached.parent.parent)
+        for tokenizer in filter(None, (checkpoint.tokenizer, checkpoint.tokenizer_2)):
+            if not all((tokenizer / name).is_file() for name in TOKENIZER_FILES):
+                read_json(tokenizer / "tokenizer.json")  # which holds both
+        read_json(checkpoint.scheduler)
+        return checkpoint
+    except IncompleteError as error:
         return open_folder(_download(repository, f"the local cache does not hold all of it ({error})"))
 
 
@@ -72,7 +78,7 @@ def needed_files(names: Collection[str], repository: str) -> list[str]:
     """
     folders = {name.split("/")[0] for name in names}
     check_parts(folders, repository)
-    parts = components_of(folders)
+    parts = XL_COMPONENTS if "text_encoder_2" in folders else COMPONENTS
     files = [name for name in names if re.fullmatch(r"tokenizer(_2)?/[\w.]+\.(json|txt)", name)]
     files += ["scheduler/scheduler_config.json", *(f"{part}/config.json" for part in parts)]
     for part in parts:
@@ -104,8 +110,10 @@ def _download(repository: str, why: str) -> Path:
 
     try:
         listing = HfApi().model_info(repository, timeout=10).siblings
-        files = needed_files([file.rfilename for file in listing], repository)
-        check_inputs(read_json(Path(hf_hub_download(repository, "unet/config.json"))).get("in_channels"), repository)
+        names = {file.rfilename for file in listing}
+        for name in sorted({"model_index.json", "unet/config.json"} & names):  # other families, before their weights
+            check_config(read_json(Path(hf_hub_download(repository, name))), repository)
+        files = needed_files(names, repository)
         return Path(snapshot_download(repository, allow_patterns=files))
     except CheckpointError:
         raise

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ Several names share the tensor's equal parts along its first axis; None drops it
 
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+"""A class that the first Stable Diffusion files mention; an empty one can stand for it."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, unreadable or not what it should be; the message is one line for the user."""
+
+
+class IncompleteError(CheckpointError):
+    """A file of a checkpoint is missing or cannot be read: from elsewhere, such as the hub, it may be had whole."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Checkpoint:
         scheduler: the file that describes the noise schedule; None: it is Stable Diffusion's.
         prediction_type: what the UNet predicts; None: the scheduler's file says it, or nothing does.
         text_encoder_2, tokenizer_2, pad_token_2: the same of the second text encoder, which only SDXL has.
+        zeros_for_nothing: whether zeros stand for an empty negative prompt, which only SDXL knows.
     """
 
     path: Path
@@ -69,6 +77,7 @@ class Checkpoint:
     text_encoder_2: Component | None = None
     tokenizer_2: Path | None = None
     pad_token_2: str | None = None
+    zeros_for_nothing: bool = True
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,16 +87,16 @@ def read_json(path: Path) -> dict[str, Any]:
         path: the file.
 
     Raises:
-        CheckpointError: the file is missing or is not a JSON object.
+        IncompleteError: the file is missing or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: a checkpoint folder in the diffusers layout has it") from None
+        raise IncompleteError(f"{path} is missing: a checkpoint folder in the diffusers layout has it") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+        raise IncompleteError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} cannot be read as JSON: it holds no object")
+        raise IncompleteError(f"{path} cannot be read as JSON: it holds no object")
     return content
 
 
@@ -133,7 +142,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         path: a safetensors file, or a `*.safetensors.index.json`.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, or is a pickle, which could run code.
+        IncompleteError: a file is missing or unreadable.
+        CheckpointError: it is a pickle, which could run code.
     """
     if path.suffix == ".json":
         return _read_shards(path)
@@ -145,7 +155,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 f"{path} is a pickle, which could run any code when opened, so p2pz does not open it; "
                 f"convert it once: {conversion(path)}"
             ) from None
-        raise CheckpointError(f"{path} cannot be read as safetensors: {printable(str(error), 200)}") from None
+        raise IncompleteError(f"{path} cannot be read as safetensors: {printable(str(error), 200)}") from None
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -171,13 +181,16 @@ def _is_pickle(path: Path) -> bool:
 
 
 def conversion(path: Path) -> str:
-    """The command that turns a pickle into the safetensors file that p2pz looks for."""
-    stem = "model" if path.stem == "pytorch_model" else path.stem  # of text encoders
-    source, target = (json.dumps(str(place)) for place in (path, path.with_name(f"{stem}.safetensors")))
+    """The command that turns a pickle, or all shards of one, into the safetensors file that p2pz looks for."""
+    shards = sorted(path.parent.glob(re.sub(r"-\d{5}-of-", "-?????-of-", escape(path.name))))
+    stem = re.sub(r"^pytorch_(?=model\b)|-\d{5}-of-\d{5}", "", path.stem)  # text encoders' files lose the "pytorch"
+    sources, target = json.dumps([*map(str, shards)]), json.dumps(str(path.with_name(f"{stem}.safetensors")))
     code = (
         "import torch; from safetensors.torch import save_file; "
-        f'x = torch.load({source}, map_location="cpu", weights_only=True); x = x.get("state_dict", x); '
-        f"save_file({{k: v.contiguous().clone() for k, v in x.items() if torch.is_tensor(v)}}, {target})"
+        f'torch.serialization.add_safe_globals([(type("X", (), {{}}), "{LIGHTNING}")]); '
+        f'x = [torch.load(path, map_location="cpu", weights_only=True) for path in {sources}]; '
+        'x = {k: v for part in x for k, v in part.get("state_dict", part).items() if torch.is_tensor(v)}; '
+        f"save_file({{k: v.contiguous().clone() for k, v in x.items()}}, {target})"
     )
     return f"python -c {shlex.quote(code)}"
 

@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from p2pz.weights.folder import SUPPORTED, TEXT_RENAMES, check_inputs
+from p2pz.weights.folder import TEXT_RENAMES
+from p2pz.weights.foreign import CHECKPOINT, CONTEXTS, SUPPORTED, check_config, check_tensors
 from p2pz.weights.reading import (
     Checkpoint,
     CheckpointError,
@@ -105,14 +105,14 @@ VAE_BLOCKS: Renames = (
     (r"(encoder|decoder)\.mid\.block_1\.(.*)", r"\1.mid_block.resnets.0.\2"),
     (r"(encoder|decoder)\.mid\.block_2\.(.*)", r"\1.mid_block.resnets.1.\2"),
     (r"(encoder|decoder)\.mid\.attn_1\.norm\.(.*)", r"\1.mid_block.attentions.0.group_norm.\2"),
-    (r"(encoder|decoder)\.mid\.attn_1\.([qkv])\.(.*)", r"\1.mid_block.attentions.0.to_\2.\3"),
-    (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.(.*)", r"\1.mid_block.attentions.0.to_out.0.\2"),
+    (r"(encoder|decoder)\.mid\.attn_1\.(?:to_)?([qkv])\.(.*)", r"\1.mid_block.attentions.0.to_\2.\3"),
+    (r"(encoder|decoder)\.mid\.attn_1\.(?:proj_out|to_out\.0)\.(.*)", r"\1.mid_block.attentions.0.to_out.0.\2"),
     (r"(encoder|decoder)\.norm_out\.(.*)", r"\1.conv_norm_out.\2"),
 )
 VAE_LAYERS: Renames = ((r"(.*\.resnets\.\d+)\.nin_shortcut\.(.*)", r"\1.conv_shortcut.\2"),)
 _BLOCK = r"transformer\.resblocks\.(\d+)"
 OPEN_CLIP_2: Renames = (
-    (r"logit_scale|attn_mask", None),
+    (r"logit_scale|attn_mask|(?:.*\.)?position_ids", None),
     (r"positional_embedding", "embeddings.position_embedding.weight"),
     (r"token_embedding\.weight", "embeddings.token_embedding.weight"),
     (r"ln_final\.(.*)", r"final_layer_norm.\1"),
@@ -180,28 +180,19 @@ XL_2 = replace(XL, text_names=OPEN_CLIP_2, text_layers=32, text_activation="gelu
 SIZE_CHANNELS, SIZE_NUMBERS = 256, 6  # of what SDXL is told of an image's size
 
 TEXT_HEAD = 64  # channels of an attention head of the text encoder
-PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+TOLD = (  # what a file's metadata may call what its UNet predicts; the first that says it counts
+    "modelspec.prediction_type",  # of Stability AI's ModelSpec
+    "modelspec.predict_key",  # of ComfyUI
+    "ss_v_parameterization",  # of kohya's trainers
+    "modelspec.architecture",
+)
+PREDICTION_TYPES = {
+    **dict.fromkeys(("epsilon", "false", "stable-diffusion-v2-512"), "epsilon"),
+    **dict.fromkeys(("v", "v_prediction", "true", "stable-diffusion-v2-768-v"), "v_prediction"),
+}
 
 # --- what else people have ---
 
-CHECKPOINT = "give the whole checkpoint (UNet, VAE and text encoder), or the folder that holds them"
-MERGE = "merge it into a checkpoint with the program that it was made for, and give that"
-FOREIGN: tuple[tuple[str, str, str], ...] = (  # pattern of a name that only it has, what it looks like, what to do
-    (r"(?:.*[._])?(?:lora|hada|lokr|oft)_.*|.*\.lora\..*", "a LoRA", MERGE),
-    (r"control_model\..*|controlnet_.*|(?:.*\.)?input_hint_block\..*", "a ControlNet", SUPPORTED),
-    (r"(?:image_proj|ip_adapter)\..*", "an IP-Adapter", SUPPORTED),
-    (r".*motion_modules\..*", "a motion module (AnimateDiff)", SUPPORTED),
-    (r"emb_params|string_to_(?:token|param).*|clip_[lg]|<.*>", "a textual inversion", SUPPORTED),
-    (r"(?:model\.diffusion_model\.)?joint_blocks\..*", "Stable Diffusion 3", SUPPORTED),
-    (r"(?:model\.diffusion_model\.)?double_blocks\..*", "Flux", SUPPORTED),
-    (r"conditioner\.embedders\.0\.model\..*", "the refiner of Stable Diffusion XL", SUPPORTED),
-    (r"embedder\.model\..*|noise_augmentor\..*", "Stable Diffusion unCLIP", SUPPORTED),
-    (r"ztsnr", "a model whose noise schedule ends in pure noise (zero terminal SNR)", SUPPORTED),
-    (r"(?:down_blocks|mid_block|time_embedding)\..*", "a UNet alone", CHECKPOINT),
-    (r"input_blocks\..*", "a UNet alone", CHECKPOINT),
-    (r"(?:encoder|decoder)\.(?:mid|mid_block|conv_in)\..*", "a VAE alone", CHECKPOINT),
-    (r"text_model\..*|transformer\.resblocks\..*|embeddings\.token_embedding\..*", "a text encoder alone", CHECKPOINT),
-)
 WHOLE = {
     "unet": "UNet (model.diffusion_model.*)",
     "vae": "VAE (first_stage_model.*)",
@@ -211,7 +202,7 @@ XL_WHOLE = WHOLE | {
     "text_encoder": "text encoder (conditioner.embedders.0.*)",
     "text_encoder_2": "second text encoder (conditioner.embedders.1.*)",
 }
-CONTEXTS = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}
+DEEPEST = "input_blocks.8.1.transformer_blocks.9."  # a block of SDXL's UNet that smaller ones made of it lack
 
 
 def open_single_file(path: Path) -> Checkpoint:
@@ -226,7 +217,7 @@ def open_single_file(path: Path) -> Checkpoint:
     if path.suffix == ".json":
         raise CheckpointError(f"model {path} is a file of settings: give its folder, or a safetensors file")
     tensors = read_tensors(path)
-    refuse_foreign(tensors.keys(), path)
+    check_tensors(tensors.keys(), path)
     parts, others = _split(rename(tensors, PARTS, path))
     is_xl = any(name.startswith("conditioner.") for name in tensors)
     whole = XL_WHOLE if is_xl else WHOLE
@@ -236,6 +227,8 @@ def open_single_file(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} looks like nothing that p2pz knows (it holds {names}, ...): {SUPPORTED}")
     if lacking:
         raise CheckpointError(f"{path} lacks the {' and the '.join(lacking)}: {CHECKPOINT}")
+    if is_xl and not any(name.startswith(DEEPEST) for name in parts["unet"]):
+        raise CheckpointError(f"{path} looks like a Stable Diffusion XL of fewer layers, such as SSD-1B: {SUPPORTED}")
     if others:
         warnings.warn(
             f"{path} holds {len(others)} tensors that are no part of a Stable Diffusion and are left out: "
@@ -258,15 +251,16 @@ def open_single_file(path: Path) -> Checkpoint:
     }
     if is_xl:
         configured["text_encoder_2"] = _text_config(second, XL_2), second
-    check_inputs(configured["unet"][0]["in_channels"], path)
+    check_config(configured["unet"][0], path)
     context = configured["unet"][0]["cross_attention_dim"]
     if not is_xl and context in CONTEXTS:
         raise CheckpointError(f"{path} looks like {CONTEXTS[context]}: {SUPPORTED}")
 
     with safe_open(path, "pt") as file:
-        told = (file.metadata() or {}).get("modelspec.prediction_type")  # of Stability AI's ModelSpec
+        metadata = file.metadata() or {}
+    told = [PREDICTION_TYPES.get(metadata.get(key, "").lower()) for key in TOLD]
     if "v_pred" in tensors:  # a mark of trainers
-        told = "v"
+        told = ["v_prediction"]
     components = {
         name: Component(path, path, f"the layout of {family.name}", config, part)
         for name, (config, part) in configured.items()
@@ -276,24 +270,8 @@ def open_single_file(path: Path) -> Checkpoint:
         **components,
         pad_token=family.pad_token,
         pad_token_2=XL_2.pad_token,
-        prediction_type=PREDICTION_TYPES.get(told, family.prediction_type),
+        prediction_type=next(filter(None, told), family.prediction_type),
     )
-
-
-def refuse_foreign(names: Collection[str], path: Path) -> None:
-    """Refuse what is known not to be a whole Stable Diffusion 1.x, 2.x or XL.
-
-    Args:
-        names: of a file's tensors.
-        path: the file.
-
-    Raises:
-        CheckpointError: says what it looks like and what to do.
-    """
-    for pattern, kind, advice in FOREIGN:
-        match = next((name for name in names if re.fullmatch(pattern, name)), None)
-        if match is not None:
-            raise CheckpointError(f"{path} looks like {kind} (it holds {printable(match)}): {advice}")
 
 
 def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
