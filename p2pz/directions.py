@@ -26,11 +26,16 @@ from p2pz.sentences import (
     is_medium,
     read_sentences,
     source_prompt,
+    without_article,
     write_sentences,
 )
 
-CLEARLY = 1.5
-"""A direction is within the noise unless its norm is at least this multiple of what half of the sentences differ by."""
+CLEARLY = 2.5
+"""A direction is within the noise unless its norm is at least this multiple of its standard error. At that length its
+cosine to the direction of endlessly many such sentences is about sqrt(1 - 1 / 2.5^2) = 0.92."""
+
+ROUNDING = 1e-5
+"""Norms below this share of the text states' own are rounding, and count as zero."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,9 @@ class DirectionReport:
 
     Attributes:
         norm: of the direction.
-        noise: what the norm would be of a direction between two halves of the source sentences, root mean square over
-            all ways to halve them; None for a single sentence.
+        noise: standard error of the direction, what its norm owes to the choice of sentences: sqrt(v / n + w / m) for n
+            source sentences of total variance v and m target ones of w. A single sentence, or a mean, counts as exact;
+            None for one on each side.
         lowest_stability, mean_stability: cosine between the direction and the one without one sentence, over all
             sentences; None for one sentence on each side.
         word_swap: cosine to the direction between the two plainest sentences ("a photo of a cat" -> "a photo of a
@@ -55,13 +61,13 @@ class DirectionReport:
 
     @property
     def within_noise(self) -> bool:
-        """Whether the source sentences differ among themselves about as much as from the target's."""
+        """Whether the direction is shorter than `CLEARLY` times its noise: other sentences may give quite another."""
         return self.noise is not None and self.norm < CLEARLY * self.noise
 
     def __str__(self) -> str:
         parts = [f"norm {self.norm:.1f}"]
         if self.noise:
-            parts.append(f"{self.norm / self.noise:.1f} times what half of the source sentences differ by")
+            parts.append(f"{self.norm / self.noise:.1f} times what it owes to the choice of sentences")
         if self.lowest_stability is not None:
             parts.append(
                 f"leave-one-out cosine {self.lowest_stability:.4f} at least, {self.mean_stability:.4f} on average"
@@ -244,11 +250,17 @@ def direction_report(source: Tensor, target: Tensor, word_swap: Tensor | None = 
     sides = [states.float().flatten(1) for states in (source, target)]
     means = [states.mean(0) for states in sides]
     made = means[1] - means[0]
+    rounding = ROUNDING * max(float(mean.norm()) for mean in means)
 
-    # The mean over all halvings of |mean of one half - mean of the other|^2 is 4 / n times the unbiased variance.
-    n = len(source)
-    noise = math.sqrt(4 / n * float((sides[0] - means[0]).square().sum()) / (n - 1)) if n > 1 else None
+    def length(value: float) -> float:
+        return value if value > rounding else 0.0
 
+    # The variance of a difference of means is the sum of theirs, each a share of its sentences' unbiased variance.
+    variances = [
+        float((states - mean).square().sum()) / (len(states) - 1) / len(states)
+        for states, mean in zip(sides, means, strict=True)
+        if len(states) > 1
+    ]
     cosines = []
     for states, mean, sign in zip(sides, means, (-1, 1), strict=True):
         if len(states) > 1:
@@ -256,8 +268,8 @@ def direction_report(source: Tensor, target: Tensor, word_swap: Tensor | None = 
             cosines.append(F.cosine_similarity(without, made[None], dim=1))
     stability = torch.cat(cosines) if cosines else None
     return DirectionReport(
-        norm=float(made.norm()),
-        noise=noise,
+        norm=length(float(made.norm())),
+        noise=length(math.sqrt(sum(variances))) if variances else None,
         lowest_stability=None if stability is None else float(stability.min()),
         mean_stability=None if stability is None else float(stability.mean()),
         word_swap=None if word_swap is None else float(F.cosine_similarity(made, word_swap.float().flatten(), dim=0)),
@@ -295,16 +307,22 @@ def direction(
         The direction.
 
     Raises:
-        ValueError: a word or a list of sentences is empty, the words are the same, a file cannot be read, embeddings
-            are another text encoder's, or the language model did not write about the concepts.
+        ValueError: a word or a list of sentences is empty, the words are the same or the text encoder tells no
+            difference, its states are not finite, a file cannot be read, embeddings are another text encoder's, or the
+            language model did not write about the concepts.
     """
+    for name, value in (("sentences", sentences), ("embeddings", embeddings)):
+        if value is not None and (not isinstance(value, (tuple, list)) or len(value) != 2):
+            raise ValueError(f"{name} must be two, of the source and of the target, not {value!r:.100}")
+    if not isinstance(source, str) or not isinstance(target, str):
+        raise ValueError(f'a direction needs two concepts in words, such as "cat", "dog", not {source!r}, {target!r}')
     source, target = source.strip(), target.strip()
     if sum(given is not None for given in (sentences, language_model, embeddings)) > 1:
         raise ValueError("give sentences, a language model or embeddings, not several of them")
     if sentences is None and embeddings is None:
         if not source or not target:
             raise ValueError('a direction needs two concepts, such as direction("cat", "dog")')
-        if source == target:
+        if without_article(source).casefold() == without_article(target).casefold():
             raise ValueError(f'a direction from "{source}" to itself changes nothing')
     elif sentences is not None:
         sentences = [read_sentences(side, name) for side, name in zip(sentences, ("source", "target"), strict=True)]
@@ -322,11 +340,19 @@ def direction(
             sentences = bank_sentences(source, target, mini=model.is_mini)
         counts = [*map(len, sentences), len(swap)]
         *states, plain = model.encode_text([*sentences[0], *sentences[1], *swap]).float().split(counts)
+    if not all(side.isfinite().all() for side in (*states, *plain)):
+        raise ValueError(
+            "the text encoder gives numbers that are not finite: check the checkpoint's file, or load with "
+            "dtype=torch.float32 (--dtype float32)"
+        )
     means = [side.mean(0) for side in states]
     report = direction_report(*states, plain[1] - plain[0] if swap else None)
+    if report.norm == 0:
+        name = f'a direction from "{source}" to "{target}"' if swap else "this direction"
+        raise ValueError(f"{name} changes nothing: the text encoder tells no difference between the two")
     if report.within_noise:
         warnings.warn(
-            f"this direction is hardly longer ({report.norm:.3g}) than what halves of its source sentences differ by "
+            f"this direction is hardly longer ({report.norm:.3g}) than what it owes to the choice of its sentences "
             f"({report.noise:.3g}): give more sentences, alike but for the concept",
             stacklevel=3,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,33 +27,70 @@ _MEDIA = (
 
 # What a phrase begins with: words that take the place of an article; of them and others, those that count.
 _DETERMINER = re.compile(
-    "a|an|the|my|your|his|her|its|our|their|this|that|these|those|some|any|every|each|both|all|no|one|1"
+    "a|an|the|my|your|his|her|its|our|their|this|that|these|those|some|any|every|each|another|either|neither|both|all|"
+    "no|one|1"
 )
-_SINGULAR_START = re.compile("a|an|one|1|this|that|every|each")
+_SINGULAR_START = re.compile("a|an|one|1|this|that|every|each|another|either|neither")
 _PLURAL_START = re.compile(
     r"two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\d+|many|several|few|various|both|all|these|those"
 )
-# Head nouns whose form does not show what they are.
-_PLURAL = re.compile("people|men|women|children|mice|geese|feet|teeth|oxen|cattle|police|lice|dice")
+# Head nouns whose form does not show what they are. Most in -is go by name: so end "taxis", "rabbis" and "yetis", too.
+_PLURAL = re.compile(
+    ".*people|.*men|.*children|mice|geese|feet|teeth|oxen|cattle|police|lice|dice|cacti|fungi|octopi|algae|larvae|"
+    "bacteria"
+)
 _SINGULAR = re.compile(
-    ".*(ss|us|['’]s)|canvas|atlas|gas|christmas|iris|tennis|lens|chaos|cosmos|rhinoceros|series|species"
+    ".*(ss|sis|polis|ceratops|cyclops|['’]s)|(?!(em|gn|gur|haik|hind|kud|men|tut|zeb|zul|bayo|caribo|.*ea)us).*us|"
+    "canvas|atlas|bias|gas|christmas|axis|cannabis|chrysalis|clematis|ibis|iris|mantis|trellis|lens|cosmos|rhinoceros|"
+    "thermos|series|species|abdomen|cyclamen|omen|specimen|stamen"
 )
 _UNCOUNTABLE = re.compile(
     "snow|water|rain|fire|smoke|fog|mist|ice|sand|grass|mud|hair|fur|food|bread|rice|furniture|jewell?e?ry|clothing|"
-    "spring|summer|autumn|winter|sunshine|sunlight|moonlight|lightning"
+    "spring|summer|autumn|winter|sunshine|sunlight|moonlight|lightning|chaos|debris|news|ramen|tennis"
 )
 _AFTER_THE_NOUN = re.compile(
-    r"\s(with|without|wearing|holding|carrying|in|on|of|at|by|near|under|over|from|for|to|made|that|who|which)\s"
+    r"\s(with|without|wearing|holding|carrying|in|on|of|at|by|near|under|over|from|for|to|made|that|who|which)\s",
+    re.IGNORECASE,
 )
-# Articles go by sound: "an owl", "an hour", "an X-ray", but "a unicorn", "a one-eyed cat".
-_VOWEL = re.compile("[aeiou8]|hour|honest|honou?r|heir|x-ray", re.IGNORECASE)
-_NO_VOWEL = re.compile(r"uni(?![nm])|u[ckrst][aeiou]|u[sk]a?\b|eu|ewe|one\b|once\b", re.IGNORECASE)
+# Names take no article: some places, and words that all begin with a capital ("Tom Hanks"), unless the last is a kind.
+_PLACE = re.compile(
+    "africa|asia|athens|berlin|europe|france|germany|italy|japan|london|mars|paris|rome|spain|tokyo|venice|venus"
+)
+_KIND = re.compile(
+    "(.*cat|.*dog|.*hound|bear|bird|collie|dane|eagle|fox|horse|husky|leopard|panda|pony|poodle|retriever|shepherd|"
+    "spaniel|terrier|tiger)s?"
+)
+# Articles go by sound: "an owl", "an hour", "an 18-wheeler", but "a unicorn", "a one-eyed cat"; and by the name of a
+# letter where the first word is spelled: "an F1 car", "an MRI scan", "an X-ray", but "a UFO", "a U-boat".
+_VOWEL = re.compile(
+    r"(?!eu|ewe|onc?e\b|ones|oaxac|ouija|u[ckrst][aeiou]|u(fo|k|sa?|sb|v)\b|ubiq|uganda|ukr|unanim|uni[bcfloqpstvx])"
+    r"[aeiou8]|(11|18)(?!\d)|hour|honest|honou?r|heir|(fbi|mri|suv)\b",
+    re.IGNORECASE,
+)
+_SPELLED = re.compile(r"([A-Z]{2,3}|[B-DF-HJ-NP-TV-Z]{2,}|[A-Za-z])(?![^\W\d_])")
+_VOWEL_LETTER = re.compile("[aefhilmnorsx]", re.IGNORECASE)
+
+
+def _up_to_noun(phrase: str) -> str:
+    """ "a black cat" of "a black cat with glasses"."""
+    return _AFTER_THE_NOUN.split(f" {phrase} ")[0].strip()
 
 
 def _head(noun: str) -> str:
     """The word that a phrase is about: "cat" of "a black cat with glasses"."""
-    words = re.findall(r"[\w'’-]+", _AFTER_THE_NOUN.split(f" {noun.lower()} ")[0])
+    words = re.findall(r"[\w'’-]+", _up_to_noun(noun).lower())
     return words[-1] if words else ""
+
+
+def _is_name(noun: str) -> bool:
+    """Whether a phrase names a person or a place: "Barack Obama", "Paris", but not "Cat" or "German Shepherd"."""
+    name = _up_to_noun(noun)
+    words = name.split()
+    if _PLACE.fullmatch(name.lower()):
+        return True
+    if len(words) < 2 or _DETERMINER.fullmatch(words[0].lower()) or _SPELLED.match(name):
+        return False
+    return all(word[0].isupper() for word in words) and not (is_medium(name) or _KIND.fullmatch(_head(name)))
 
 
 def is_plural(noun: str) -> bool:
@@ -60,18 +98,28 @@ def is_plural(noun: str) -> bool:
     first, head = noun.split()[0].lower(), _head(noun)
     if _SINGULAR_START.fullmatch(first):
         return False
-    if _PLURAL_START.fullmatch(first) or _PLURAL.fullmatch(head):
+    if _PLURAL_START.fullmatch(first):
         return True
-    return head.endswith("s") and not _SINGULAR.fullmatch(head)
+    if _is_name(noun) or _UNCOUNTABLE.fullmatch(head) or _SINGULAR.fullmatch(head):
+        return False
+    return head.endswith("s") or bool(_PLURAL.fullmatch(head))
 
 
 def with_article(noun: str) -> str:
-    """ "a cat", "an oil pastel", "an hour"; plurals ("two cats", "glasses"), words without a plural ("snow") and words
-    that bring a determiner ("the cat") stay as they are.
+    """ "a cat", "an oil pastel", "an hour"; plurals ("two cats", "glasses"), words without a plural ("snow"), names
+    ("Barack Obama") and words that bring a determiner ("the cat") stay as they are.
     """
-    if _DETERMINER.fullmatch(noun.split()[0].lower()) or is_plural(noun) or _UNCOUNTABLE.fullmatch(_head(noun)):
+    bare = is_plural(noun) or _is_name(noun) or _UNCOUNTABLE.fullmatch(_head(noun))
+    if bare or _DETERMINER.fullmatch(noun.split()[0].lower()):
         return noun
-    return f"{'an' if _VOWEL.match(noun) and not _NO_VOWEL.match(noun) else 'a'} {noun}"
+    plain = unicodedata.normalize("NFKD", noun).encode("ascii", "ignore").decode()  # "éclair" as "eclair"
+    vowel = (_VOWEL_LETTER if _SPELLED.match(plain) else _VOWEL).match(plain)
+    return f"{'an' if vowel else 'a'} {noun}"
+
+
+def without_article(noun: str) -> str:
+    """ "cat" of "a cat" and of "the cat"."""
+    return re.sub(r"^(a|an|the)\s+", "", noun.strip(), flags=re.IGNORECASE)
 
 
 def is_medium(concept: str) -> bool:
@@ -95,9 +143,8 @@ def fill(template: str, concept: str) -> str:
         concept: such as "cat".
     """
     plural = is_plural(concept)
-    article, _, rest = concept.partition(" ")
-    bare = rest if rest and article.lower() in ("a", "an") else concept
-    the = bare if _DETERMINER.fullmatch(bare.split()[0].lower()) else f"the {bare}"
+    bare = without_article(concept)
+    the = bare if _DETERMINER.fullmatch(bare.split()[0].lower()) or _is_name(bare) else f"the {bare}"
     fields = {"a": with_article(concept), "the": the, "is": "are" if plural else "is", "s": "" if plural else "s"}
     return template.format(**fields)
 
@@ -125,7 +172,7 @@ def read_sentences(sentences: Sentences, name: str) -> list[str]:
     """
     if isinstance(sentences, (str, os.PathLike)):
         try:
-            sentences = Path(sentences).read_text(encoding="utf-8").splitlines()
+            sentences = Path(sentences).read_text(encoding="utf-8-sig").splitlines()  # some editors put a mark first
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"the {name} sentences cannot be read: {error}") from None
     kept = [sentence.strip() for sentence in sentences if sentence.strip()]
@@ -165,11 +212,13 @@ def write_sentences(
     write = language_model if callable(language_model) else _load_writer(Path(language_model), device)
     phrase = with_article(concept)
     request = f"Write a short caption for a picture of {phrase}. Say where it is and what else the picture shows."
-    bare = re.sub(r"^(a|an|the)\s+", "", concept.strip(), flags=re.IGNORECASE)
+    bare = without_article(concept)
     named = re.compile(rf"(?<!\w){re.escape(bare)}(e?s)?(?!\w)", re.IGNORECASE)
     kept: dict[str, None] = {}
     for attempt in range(4):
         texts = write(request, count, seed + attempt)
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"a language model's function must return a list of texts, not {texts!r:.100}")
         sentences = (_first_sentence(text) for text in texts)
         kept |= dict.fromkeys(sentence for sentence in sentences if named.search(sentence))
         if len(kept) >= count:

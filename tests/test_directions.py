@@ -24,6 +24,7 @@ from p2pz.sentences import (
     fill,
     is_medium,
     is_plural,
+    read_sentences,
     source_prompt,
     with_article,
     write_sentences,
@@ -75,15 +76,46 @@ def test_sentences_from_files_and_saved_directions(model, tmp_path):
     ("arguments", "message"),
     [
         ({"source": "cat"}, "needs two concepts"),
-        ({"source": "cat", "target": " cat "}, "to itself changes nothing"),
+        *(({"source": "cat", "target": same}, "to itself changes nothing") for same in (" cat ", "Cat", "a cat")),
+        ({"source": "The cat", "target": "CAT"}, '"The cat" to itself changes nothing'),
+        ({"sentences": (["a cat"] * 3, ["A Cat"])}, "^this direction changes nothing: the text encoder tells no"),
+        (
+            {"source": "sun", "target": "moon", "sentences": (["a cat"], ["A cat"])},
+            '"sun" to "moon" changes nothing: the',
+        ),
         ({"sentences": ([], ["a dog"])}, "no source sentences"),
         ({"sentences": (["a cat"], ["  "])}, "no target sentences"),
         ({"sentences": ("missing.txt", ["a dog"])}, "source sentences cannot be read"),
+        ({"sentences": (["a cat"],)}, "sentences must be two, of the source and of the target"),
+        ({"sentences": "ab"}, "sentences must be two, .* not 'ab'"),
+        ({"embeddings": "a.pt"}, r"embeddings must be two, .* not 'a\.pt'"),
+        ({"embeddings": ("a.pt", "b.pt", "c.pt")}, "embeddings must be two"),
+        ({"source": None, "target": "dog"}, "two concepts in words, .* not None, 'dog'"),
+        (
+            {"source": "cat", "target": "dog", "language_model": lambda *_: None},
+            "a list of texts, not None",
+        ),
     ],
 )
 def test_bad_directions(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         p2pz.direction(**arguments, model=model)
+
+
+@pytest.mark.parametrize("from_words", [True, False])
+def test_a_broken_text_encoder_is_named(from_words, tmp_path):
+    model = p2pz.load(MINI_FOLDER, device="cpu", dtype=torch.float32)
+    next(model.text_encoder.parameters()).data.fill_(math.nan)
+    torch.save(torch.randn(2, 77, 128), tmp_path / "a.pt")
+    files = {} if from_words else {"embeddings": (tmp_path / "a.pt",) * 2}
+    with pytest.raises(ValueError, match=r"^the text encoder gives numbers that are not finite: check the checkpoint"):
+        p2pz.direction("cat", "dog", **files, model=model)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_sentences_of_a_file_with_and_without_a_byte_order_mark(encoding, tmp_path):
+    (tmp_path / "cats.txt").write_text("a café cat\r\na cat\r\n", encoding=encoding)
+    assert read_sentences(tmp_path / "cats.txt", "source") == ["a café cat", "a cat"]
 
 
 def test_files_that_are_no_direction(model, tmp_path):
@@ -155,45 +187,34 @@ def test_real_models_take_the_large_bank_and_the_bundled_one_its_own(model, tmp_
     assert p2pz.direction("sketch", "oil pastel", model=stranger).sentences == (len(MEDIUM_TEMPLATES),) * 2
 
 
+# What becomes of the words behind the article.
+ONE = """a cat, a Cat, an orange cat, an owl, a cat with glasses, a cat wearing sunglasses, a pair of glasses, a bus,
+    a princess, a canvas, a glass of water, an oil pastel, an Oil Pastel, a cat's paw, a specimen, an omen, a species
+    a praying mantis, an oasis, an ibis, a triceratops, a cyclops, a chassis, a bias, an iris, an octopus, a metropolis
+    a German Shepherd, a Black Cat, a Chinese lantern festival, a herbal tea in Paris, a Paris street
+    an umbrella, an unhappy cat, an uninhabited island, an unidentified bird, an urn, an uncle, an apple, an 8-ball
+    an hour, an hourglass, an heir, an X-ray, an x-wing, an S-shaped sofa, an M&M, an éclair, an Île flottante
+    an SUV, an MRI scan, an FBI agent, an NBA player, an LED lamp, an F1 car, an NFT, an RV, an suv, an HTML page
+    an 11-year-old, an 18-wheeler, an 18th-century castle, an 80s car, a 110-year-old, a 1980s car, a 3-legged dog
+    a unicorn, a uniform, a unanimous crowd, a ubiquitous logo, a Ugandan, a Ukrainian flag, a ukulele, a utensil
+    a UFO, a ufo, a USB stick, a US flag, a UK flag, a U-boat, a u-turn, a NASA rocket, a T-shirt, a ñandú, a LION
+    a one-eyed cat, a one-way street, a onesie, a European city, a eucalyptus, a ewe, a ouija board"""
+AS_IT_IS = """the cat, an owl, one cat, every dog, another cat, this cat, my cat, snow, fresh snow, news, Barack Obama
+    Barack Obama with glasses, Tom Hanks, Mount Fuji, Paris, paris at night"""
+MANY = """glasses, two cats, Two Cats, 3 dogs, zebras, old people, children with hats, these cats, both dogs, laptops
+    firemen, policemen, snowmen, smiling women, grandchildren, emus, menus, gurus, bureaus, cacti, taxis, rabbis
+    Golden Retrievers, UFOs, ballet dancers, cats and dogs, lots of cats, hundreds of birds, treetops, his dogs"""
 PHRASES = [
-    ("cat", "a cat", "one"),
-    ("orange cat", "an orange cat", "one"),
-    ("owl", "an owl", "one"),
-    ("cat with glasses", "a cat with glasses", "one"),
-    ("cat wearing sunglasses", "a cat wearing sunglasses", "one"),
-    ("the cat", "the cat", "one"),
-    ("an owl", "an owl", "one"),
-    ("one cat", "one cat", "one"),
-    ("every dog", "every dog", "one"),
-    ("pair of glasses", "a pair of glasses", "one"),
-    ("unicorn", "a unicorn", "one"),
-    ("umbrella", "an umbrella", "one"),
-    ("unhappy cat", "an unhappy cat", "one"),
-    ("hour", "an hour", "one"),
-    ("one-eyed cat", "a one-eyed cat", "one"),
-    ("European city", "a European city", "one"),
-    ("X-ray", "an X-ray", "one"),
-    ("bus", "a bus", "one"),
-    ("princess", "a princess", "one"),
-    ("canvas", "a canvas", "one"),
-    ("glass of water", "a glass of water", "one"),
-    ("snow", "snow", "one"),
-    ("fresh snow", "fresh snow", "one"),
-    ("oil pastel", "an oil pastel", "one"),
-    ("glasses", "glasses", "many"),
-    ("two cats", "two cats", "many"),
-    ("3 dogs", "3 dogs", "many"),
-    ("zebras", "zebras", "many"),
-    ("old people", "old people", "many"),
-    ("children with hats", "children with hats", "many"),
-    ("these cats", "these cats", "many"),
+    (re.sub("^an? ", "", phrase) if phrases is ONE else phrase, phrase, phrases is MANY)
+    for phrases in (ONE, AS_IT_IS, MANY)
+    for phrase in re.split(r",\s+|\n\s+", phrases)
 ]
 
 
-@pytest.mark.parametrize(("words", "phrase", "number"), PHRASES, ids=[words for words, *_ in PHRASES])
-def test_articles_and_plurals(words, phrase, number):
-    assert with_article(words) == phrase and is_plural(words) == (number == "many")
-    assert fill("here {is} {a}", words) == f"here {'are' if number == 'many' else 'is'} {phrase}"
+@pytest.mark.parametrize(("words", "phrase", "many"), PHRASES, ids=[words for words, *_ in PHRASES])
+def test_articles_and_plurals(words, phrase, many):
+    assert with_article(words) == phrase and is_plural(words) == many
+    assert fill("here {is} {a}", words) == f"here {'are' if many else 'is'} {phrase}"
 
 
 @pytest.mark.parametrize(
@@ -204,6 +225,8 @@ def test_articles_and_plurals(words, phrase, number):
         ("the cat", "the cat stands"),
         ("two cats", "the two cats stand"),
         ("these cats", "these cats stand"),
+        ("another cat", "another cat stands"),
+        ("Barack Obama", "Barack Obama stands"),
     ],
 )
 def test_definite_articles(words, sentence):
@@ -369,8 +392,9 @@ def test_nested_embeddings(layout, model, tmp_path):
 def test_embeddings_in_a_folder_or_as_parameters(model, tmp_path):
     with pytest.raises(ValueError, match="cannot be read: is a directory"):
         p2pz.direction(embeddings=(tmp_path, tmp_path), model=model)
-    torch.save(torch.nn.Parameter(torch.randn(1, 77, 128)), tmp_path / "cat.pt")
-    made = p2pz.direction(embeddings=(tmp_path / "cat.pt",) * 2, model=model)
+    for name in ("cat.pt", "dog.pt"):
+        torch.save(torch.nn.Parameter(torch.randn(1, 77, 128)), tmp_path / name)
+    made = p2pz.direction(embeddings=(tmp_path / "cat.pt", tmp_path / "dog.pt"), model=model)
     assert not made.states.requires_grad
 
 
@@ -383,8 +407,8 @@ def test_only_one_kind_of_origin(model):
 
 
 def test_report_by_brute_force():
-    """Each sentence left out, and every way to halve the source's sentences, by hand."""
-    source, target = torch.randn(6, 3, 4), torch.randn(5, 3, 4) + 0.5
+    """Each sentence left out, and every way to halve each side's sentences, by hand."""
+    source, target = torch.randn(6, 3, 4), 3 * torch.randn(4, 3, 4) + 0.5
     swap = torch.randn(3, 4)
     report = direction_report(source, target, swap)
     made = target.mean(0) - source.mean(0)
@@ -393,27 +417,53 @@ def test_report_by_brute_force():
         return float((a * b).sum() / a.norm() / b.norm())
 
     without = [target.mean(0) - torch.cat([source[:i], source[i + 1 :]]).mean(0) for i in range(6)]
-    without += [torch.cat([target[:i], target[i + 1 :]]).mean(0) - source.mean(0) for i in range(5)]
+    without += [torch.cat([target[:i], target[i + 1 :]]).mean(0) - source.mean(0) for i in range(4)]
     cosines = [cosine(each, made) for each in without]
-    halves = [
-        source[list(half)].mean(0) - source[[i for i in range(6) if i not in half]].mean(0)
-        for half in itertools.combinations(range(6), 3)
-    ]
-    noise = math.sqrt(sum(float(half.square().sum()) for half in halves) / len(halves))
-    expected = float(made.norm()), noise, min(cosines), sum(cosines) / 11, cosine(made, swap)
+
+    def variance_of_mean(states):
+        """A mean of n differs from the truth as half as much as two means of n / 2 differ from each other."""
+        chosen = [list(half) for half in itertools.combinations(range(len(states)), len(states) // 2)]
+        halves = [
+            states[half].mean(0) - states[[i for i in range(len(states)) if i not in half]].mean(0) for half in chosen
+        ]
+        return sum(float(half.square().sum()) for half in halves) / len(halves) / 4
+
+    noise = math.sqrt(variance_of_mean(source) + variance_of_mean(target))
+    expected = float(made.norm()), noise, min(cosines), sum(cosines) / 10, cosine(made, swap)
     assert astuple(report) == pytest.approx(expected, rel=1e-5)
 
 
+MIXED = ["a photo of a cat", "a sketch of a dog at night", "an oil pastel of a zebra", "a horse in the city"]
+
+
 def test_a_direction_within_the_noise_warns(model):
-    mixed = ["a photo of a cat", "a sketch of a dog at night", "an oil pastel of a zebra", "a horse in the city"]
-    with pytest.warns(UserWarning, match="hardly longer .* than what halves of its source sentences differ by"):
-        made = p2pz.direction(sentences=(mixed, [f"{text} near a tree" for text in mixed]), model=model)
+    with pytest.warns(UserWarning, match="hardly longer .* than what it owes to the choice of its sentences"):
+        made = p2pz.direction(sentences=(MIXED, [f"{text} near a tree" for text in MIXED]), model=model)
     assert made.report.within_noise and made.report.word_swap is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         clear = p2pz.direction("cat", "dog", model=model)
     assert not clear.report.within_noise and clear.report.lowest_stability > 0.99 and clear.report.word_swap > 0.9
     assert str(clear.report).startswith(f"norm {float(clear.states.norm()):.1f}; ")
+
+
+UNIFORM = ["a photo of a cat in the snow", "a photo of a cat in the snow near a tree"]
+
+
+@pytest.mark.filterwarnings("ignore:this direction is hardly longer")
+@pytest.mark.parametrize("other", [UNIFORM, ["a photo of a cat"] * 5, ["a photo of a cat"]], ids=len)
+def test_both_sides_noise_counts(other, model):
+    there, back = (p2pz.direction(sentences=sides, model=model).report for sides in ((MIXED, other), (other, MIXED)))
+    assert there.within_noise and back.within_noise and 1 < there.norm / there.noise < 2.5
+    assert astuple(there) == pytest.approx(astuple(back))
+
+
+def test_rounding_is_no_noise(model):
+    report = p2pz.direction(sentences=(["a photo of a cat"] * 5, ["a photo of a dog"] * 3), model=model).report
+    assert report.noise == 0 and not report.within_noise and "times" not in str(report)
+    states = torch.randn(1, 77, 128).repeat(4, 1, 1)
+    states += 1e-7 * torch.randn_like(states)
+    assert direction_report(states, states.flip(0).roll(1, 1)).noise == 0 == direction_report(states, states[:2]).norm
 
 
 def test_one_sentence_on_each_side_has_no_noise_and_no_stability(model):
@@ -611,9 +661,15 @@ def test_samples_of_other_sizes(model):
     ("arguments", "message"),
     [
         ({"size": (130, 128)}, "multiples of 4"),
-        ({"size": (16, 128)}, "at least 32"),
+        ({"size": (16, 128)}, "from 32 to 4096"),
+        ({"size": (128.0, 5000)}, "from 32 to 4096"),
         ({"guidance": -2.0}, "guidance must be zero or more"),
-        ({"steps": 0}, "steps must be from 1 to 999"),
+        ({"steps": 1.5}, "steps must be a whole number"),
+        ({"seed": "a"}, "seed must be a whole number from 0 to 4294967295, not 'a'"),
+        ({"seed": 2**32}, "seed must be"),
+        ({"seed": None}, "seed must be"),
+        ({"seed": True}, "seed must be"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 999, not 0"),
     ],
 )
 def test_bad_sample_settings(model, arguments, message):
