@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -130,16 +130,21 @@ def captions_for(
     """A caption for each picture: the caller's, or what the bundled model recognises, or `default` for other models.
 
     Raises:
-        ValueError: `prompt` is a list of another length than the pictures.
+        ValueError: `prompt` is no text, or a list of something else or of another length than the pictures.
     """
     if isinstance(prompt, str):
         return [prompt] * len(pictures)
     if prompt is not None:
-        if len(prompt) != len(pictures):
+        prompts = list(prompt) if isinstance(prompt, Iterable) else [prompt]
+        for each in prompts:
+            if not isinstance(each, str):
+                kind = type(each).__name__
+                raise ValueError(f"a prompt is a text, not {kind}: give one text, or a list with one for each image")
+        if len(prompts) != len(pictures):
             raise ValueError(
-                f"there are {len(pictures)} images but {len(prompt)} prompts: give one for each, or one text"
+                f"there are {len(pictures)} images but {len(prompts)} prompts: give one for each, or one text"
             )
-        return list(prompt)
+        return prompts
     if model.is_mini:
         return _retrieve(pictures, model)
     return [default] * len(pictures)

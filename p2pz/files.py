@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,10 +12,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from p2pz.weights import reason
+from p2pz.weights import printable, reason
 
 FLOATS = torch.float32, torch.float16, torch.bfloat16, torch.float64
 """What numbers may be saved as."""
+
+
+def cause(error: Exception) -> str:
+    """What kept a file from being read or written, in the system's words and without the name of a temporary file."""
+    code = re.search(r"(?:os error|code:) (\d+)", str(error))  # as safetensors tells it
+    words = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
+    return words.lower() if words else reason(error)
 
 
 @contextlib.contextmanager
@@ -25,13 +33,13 @@ def atomic_path(path: str | os.PathLike):
         path: where the finished file goes.
 
     Raises:
-        ValueError: the folder does not exist or cannot be written to.
+        ValueError: the folder does not exist or cannot be written to, the disk is full, or `path` is a folder.
     """
     path = Path(path)
     try:
         handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror.lower()}") from None
+        raise ValueError(f"cannot write {path}: {cause(error)}") from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -40,6 +48,8 @@ def atomic_path(path: str | os.PathLike):
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; the result is an ordinary file
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write {path}: {cause(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -65,11 +75,15 @@ def save_tensors(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor],
         card: further metadata.
 
     Raises:
-        ValueError: the place cannot be written to.
+        ValueError: the place cannot be written to, the disk is full, or the metadata is not valid Unicode.
     """
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": f"p2pz {kind}", **card})
+    try:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": f"p2pz {kind}", **card})
+    except UnicodeEncodeError as error:
+        text = printable(repr(error.object))
+        raise ValueError(f"cannot write {path}: this text is not valid Unicode (UTF-8): {text}") from None
 
 
 def load_tensors(

@@ -1,17 +1,21 @@
 """Images in and out: files, PIL images and arrays to tensors, and back."""
 
+import contextlib
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
-from p2pz.files import atomic_path, check_place
+from p2pz.files import atomic_path, cause, check_place
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
@@ -24,31 +28,38 @@ def read_image(image: ImageLike) -> Image.Image:
 
     Args:
         image: a path, a PIL image, or an array `[H, W, 3]` (also `[H, W]` or `[H, W, 4]`), uint8, uint16 or floats in
-            [0, 1].
+            [0, 1]. A PIL image or file of 32-bit whole numbers holds 8-bit values if all are below 256, else 16-bit.
 
     Raises:
-        ValueError: the file is missing or no image, the array has another shape or range, or a side is a few pixels.
+        ValueError: the file is missing, no image or too large, the values are of another shape or range, or a side is
+            a few pixels.
     """
+    name = "the image"
     if isinstance(image, (str, os.PathLike)):
-        picture = _open(Path(image))
+        if not os.fspath(image):
+            raise ValueError("the path of the image is empty")
+        picture, name = _open(Path(image)), f"image {image}"
     elif isinstance(image, Image.Image):
         picture = image
     elif isinstance(image, np.ndarray):
-        picture = _from_array(image)
+        picture = _from_array(image, name)
     else:
         raise ValueError(f"an image is a path, a PIL image or a numpy array, not {type(image).__name__}")
     picture = _to_srgb(ImageOps.exif_transpose(picture))
-    if picture.mode.startswith("I"):  # 16 bits a pixel; PIL would cut off the values above 255
-        levels = np.asarray(picture).astype(np.int64)
-        picture = Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8))
+    if picture.mode.startswith("I"):  # 16 or 32 bits a pixel; PIL would cut off the values above 255
+        levels = np.asarray(picture)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"{name} holds whole numbers that are not from 0 to 65535: scale them to 8 or 16 bits")
+        eight = picture.mode == "I" and levels.max() <= 255  # 16-bit ones would be black
+        picture = _from_array(levels.astype(np.uint8 if eight else np.uint16), name)
     elif picture.mode == "F":
-        picture = _from_array(np.asarray(picture))
+        picture = _from_array(np.asarray(picture), name)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     if min(picture.size) < 16 or max(picture.size) > LARGEST_SHAPE_RATIO * min(picture.size):
         raise ValueError(
-            f"an image of {picture.width} x {picture.height} pixels cannot be edited: both sides must be at least "
+            f"{name} has {picture.width} x {picture.height} pixels and cannot be edited: both sides must be at least "
             f"16 pixels and one at most {LARGEST_SHAPE_RATIO} times the other"
         )
     return picture.convert("RGB")
@@ -75,21 +86,41 @@ def _to_srgb(picture: Image.Image) -> Image.Image:
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
+        with open(path, "rb") as file, _identify(file if file.seekable() else io.BytesIO(file.read())) as picture:
             picture.load()
             return picture
     except FileNotFoundError:
         raise ValueError(f"image {path} does not exist") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from None
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"image {path} cannot be read: it is no picture of a known format; convert it to JPEG or PNG first"
+        ) from None
+    except Image.DecompressionBombError as error:
+        numbers, *_ = str(error).split(",")  # behind the comma PIL speaks of an attack
+        raise ValueError(f"image {path} cannot be read: {numbers}; reduce it first") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"image {path} cannot be read: {cause(error)}") from None
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _identify(file: BinaryIO) -> Image.Image:
+    """What `Image.open` gives, but it takes large photos for attacks: those may have twice the pixels it allows."""
+    for kind in (JpegImageFile, PngImageFile):
+        file.seek(0)
+        with contextlib.suppress(SyntaxError):  # of another kind
+            picture = kind(file)
+            pixels, most = picture.width * picture.height, 4 * (Image.MAX_IMAGE_PIXELS or math.inf)
+            if pixels > most:
+                raise Image.DecompressionBombError(f"Image size ({pixels} pixels) exceeds limit of {most} pixels")
+            return picture
+    return Image.open(file)
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or array.size == 0:
         raise ValueError(f"an image array has shape [height, width, 3], not {list(array.shape)}")
     if np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError("an image array of floats holds values from 0 to 1; this one does not (uint8: 0 to 255)")
+            raise ValueError(f"{name} holds floats that are not from 0 to 1: scale them, or make them 8-bit (0 to 255)")
         array = (array * 255).round().astype(np.uint8)
     if array.dtype == np.uint16:
         array = (array / 257).round().astype(np.uint8)
@@ -190,7 +221,7 @@ def save_image(picture: Image.Image, path: str | os.PathLike) -> None:
         path: for instance `out.png`.
 
     Raises:
-        ValueError: the name's ending is no image format, or the place cannot be written to.
+        ValueError: the name's ending is no image format, the place cannot be written to, or the disk is full.
     """
     check_image_path(path)
     with atomic_path(path) as temporary:

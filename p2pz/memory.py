@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from p2pz.images import same_size_groups
 from p2pz.model import GIB, Model, vae_dtype
+from p2pz.schedule import whole_number
 
 # What the UNet takes for each row of its batch, in feature maps of its finest level (`[channels, h, w]` of a latent,
 # 2.5 MiB for SD 1.5 at 64 x 64 in float16), so that one number serves all sizes and dtypes. Measured on an H200 with
@@ -169,8 +170,7 @@ def batches_for(
     Raises:
         ValueError: the budget is too small.
     """
-    if most < 1:
-        raise ValueError(f"batch_size must be 1 or more, not {most}")
+    most = whole_number("batch_size", most, 1, 1000)
     batches = []
     for group in same_size_groups(sizes):
         plan = plan_for(model, sizes[group[0]], most, rows, guided_rows)

@@ -1,10 +1,13 @@
 """Every number of the method as one table: what p2pz, the authors' code and diffusers do."""
 
-from dataclasses import dataclass, replace
-from numbers import Integral
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from numbers import Integral, Real
 from typing import Any
 
 from p2pz.model import Model
+from p2pz.schedule import whole_number
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,31 @@ class Settings:
     def __post_init__(self):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}")
         lowest = 3 if self.inversion == "authors" else 1
-        if not isinstance(self.steps, Integral) or not lowest <= self.steps <= 999:
-            raise ValueError(f"steps must be a whole number from {lowest} to 999, not {self.steps}")
-        for name in ("strength", "guidance", "xa_guidance", "autocorrelation_strength", "kl_strength"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be zero or more, not {getattr(self, name)}")
-        object.__setattr__(self, "steps", int(self.steps))
-        object.__setattr__(self, "guided_steps", tuple(self.guided_steps))
-        object.__setattr__(self, "resolution_weights", tuple(self.resolution_weights))
+        whole_number("steps", self.steps, lowest, 999)
+        for field in fields(self):
+            if field.type not in _KINDS:
+                continue
+            value, (kind, words) = getattr(self, field.name), _KINDS[field.type]
+            if not _is_number(value, kind):
+                raise ValueError(f"{field.name} must be {words}, not {value!r}")
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{field.name} must be zero or more, not {value}")
+            object.__setattr__(self, field.name, field.type(value))  # JSON has no place for numpy's numbers
+        for name in ("guided_steps", "resolution_weights"):
+            given = getattr(self, name)
+            values = tuple(given) if isinstance(given, Iterable) else (None,)
+            if not all(_is_number(value) for value in values):
+                raise ValueError(f"{name} must be a tuple of numbers, not {given!r}")
+            object.__setattr__(self, name, tuple(map(float, values)))
         if len(self.guided_steps) != 2 or not 0 <= self.guided_steps[0] <= self.guided_steps[1] <= 1:
             raise ValueError(f"guided_steps must be two shares from 0 to 1, the smaller first, not {self.guided_steps}")
         if not all(0 <= weight < float("inf") for weight in self.resolution_weights):
             raise ValueError(f"resolution_weights must be zero or more, not {self.resolution_weights}")
-        if not 0 <= self.blend < 1:
+        if self.lowest_offset > 3:
+            raise ValueError(f"lowest_offset must be from 0 to 3, not {self.lowest_offset}: the coarsest map is 8 high")
+        if self.blend >= 1:
             raise ValueError(f"blend must be from 0 to below 1, not {self.blend}")
         if self.blend and self.reference != "path":
             raise ValueError('blend needs reference="path", whose latents say where the edit acts: give blend=0 too')
@@ -86,7 +99,15 @@ _CHOICES = {
     "reference": ("denoised", "path"),
     "inversion": ("mirror", "authors"),
     "form": ("random", "every", "paper"),
+    "sample_posterior": (False, True),
 }
+
+_KINDS = {int: (Integral, "a whole number"), float: (Real, "a number")}
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
 
 PRESETS = {
     "p2pz": Settings(gradient="conditional", reference="path"),
@@ -127,12 +148,19 @@ def settings_for(model: Model, preset: str, *, style: bool = False, **changes: A
 
     Raises:
         ValueError: unknown preset, or a value out of range.
+        TypeError: there is no such field.
     """
-    if preset not in PRESETS:
+    if preset not in list(PRESETS):  # which may be of a kind that a dictionary cannot look up
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
     settings = PRESETS[preset]
     if preset == "p2pz" and model.is_mini:
         settings = MINI_STYLE_SETTINGS if style else MINI_SETTINGS
+    known = [field.name for field in fields(Settings)]
+    for name in changes:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(known)}"
+            raise TypeError(f"there is no argument or setting {name}: {hint}")
     changes = {name: value for name, value in changes.items() if value is not None}
     if changes.get("inversion", "mirror") != "mirror":  # what depends on each other changes together
         changes = {"reference": "denoised"} | changes

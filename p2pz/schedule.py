@@ -1,6 +1,8 @@
 """Noise schedule of Stable Diffusion and the deterministic DDIM update."""
 
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +46,25 @@ class Schedule:
         return torch.stack([self.alphas_from, self.alphas_to], dim=1)
 
 
+def whole_number(name: str, value: Any, lowest: int, highest: int) -> int:
+    """A number of Python or numpy as an int. Raises ValueError unless it is whole and in the range."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not lowest <= value <= highest:
+        raise ValueError(f"{name} must be a whole number from {lowest} to {highest}, not {value!r}")
+    return int(value)
+
+
+def random_numbers(seed: int) -> torch.Generator:
+    """A generator on the CPU, whose numbers are the same on every machine.
+
+    Args:
+        seed: 0 to 2^32 - 1, of which no two begin alike.
+
+    Raises:
+        ValueError: it is out of range.
+    """
+    return torch.Generator().manual_seed(whole_number("seed", seed, 0, 2**32 - 1))
+
+
 def denoising_schedule(steps: int) -> Schedule:
     """DDIM from noise to image, "leading" spacing: 981, 961, ..., 1 for 50 steps.
 
@@ -71,8 +92,7 @@ def inversion_schedule(steps: int) -> Schedule:
     Raises:
         ValueError: steps out of range.
     """
-    if not 1 <= steps < TRAINING_STEPS:
-        raise ValueError(f"steps must be from 1 to {TRAINING_STEPS - 1}, not {steps}")
+    steps = whole_number("steps", steps, 1, TRAINING_STEPS - 1)
     ratio = TRAINING_STEPS // steps
     timesteps = torch.arange(steps) * ratio + STEPS_OFFSET
     table = alphas_cumprod()
@@ -93,8 +113,7 @@ def authors_inversion_schedule(steps: int) -> Schedule:
 
     Source: pix2pixzero/pix2pix-zero, `ddim_inv.py` (the loop) and `scheduler.py` (the `reverse` step).
     """
-    if not 3 <= steps < TRAINING_STEPS:
-        raise ValueError(f"steps must be from 3 to {TRAINING_STEPS - 1} with the authors' schedule, not {steps}")
+    steps = whole_number("steps", steps, 3, TRAINING_STEPS - 1)
     ratio = TRAINING_STEPS // steps
     timesteps = torch.arange(1, steps - 1) * ratio + STEPS_OFFSET
     table = alphas_cumprod()
@@ -118,6 +137,25 @@ def ddim_step(latents: Tensor, noise: Tensor, alpha_from: Tensor | float, alpha_
     latents, noise = latents.to(precise), noise.to(precise)
     image = (latents - (1 - alpha_from) ** 0.5 * noise) / alpha_from**0.5
     return alpha_to**0.5 * image + (1 - alpha_to) ** 0.5 * noise
+
+
+def guided(noise: Tensor, guidance: Tensor | float, pairs: bool) -> Tensor:
+    """Classifier-free guidance.
+
+    Args:
+        noise: predictions `[2 * B, 4, h, w]` of the negative and of the conditional half; without pairs `[B, 4, h, w]`.
+        guidance: scale of the difference between the halves.
+        pairs: whether there is a negative half.
+
+    Returns:
+        `[B, 4, h, w]`.
+
+    Source: Ho and Salimans, "Classifier-Free Diffusion Guidance" (2022), equation 6, with w + 1 = guidance.
+    """
+    if not pairs:
+        return noise
+    negative, conditional = noise.chunk(2)
+    return negative + guidance * (conditional - negative)
 
 
 def to_epsilon(prediction: Tensor, latents: Tensor, alpha: Tensor | float, prediction_type: str) -> Tensor:

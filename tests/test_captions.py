@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import p2pz
-from p2pz.captions import load_captioner
+from p2pz.captions import captions_for, load_captioner
 from p2pz.model import Model
 from p2pz.sentences import write_sentences
 from p2pz.weights import MINI_FOLDER
@@ -147,6 +147,26 @@ def test_other_models_need_a_captioner(pictures, monkeypatch):
     monkeypatch.setattr(Model, "is_mini", False)
     with pytest.raises(ValueError, match="give a prompt that says what the image shows, or a captioner"):
         p2pz.caption(pictures[0], model=model)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (5, "a prompt is a text, not int: give one text, or a list with one for each image"),
+        ([None, "a cat"], "a prompt is a text, not NoneType"),
+        (["a cat"], "there are 2 images but 1 prompts"),
+        ((), "there are 2 images but 0 prompts"),
+    ],
+)
+def test_prompts_are_texts(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        captions_for([None] * 2, prompt, "a photo", None)
+
+
+@pytest.mark.parametrize("prompt", [("a", "b"), ["a", "b"], np.array(["a", "b"])])
+def test_prompts_of_several_images(prompt):
+    assert captions_for([None] * 2, prompt, "a photo", None) == ["a", "b"]
+    assert captions_for([None] * 2, "a", "a photo", None) == ["a", "a"]
 
 
 def test_command_line_asks_the_captioner(folder, pictures, tmp_path, monkeypatch, capsys):
