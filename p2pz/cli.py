@@ -12,20 +12,32 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from PIL import Image
 from tqdm import tqdm
 
-from p2pz import __version__, jobs
+import p2pz
+from p2pz import jobs, maps
+from p2pz.captions import load_captioner
+from p2pz.files import check_place
+from p2pz.images import check_image_path, read_image, save_image
+from p2pz.info import describe
+from p2pz.inversion import prepare_pictures
+from p2pz.model import PREDICTION_TYPES, Model, find_device
+from p2pz.presets import PRESETS, Settings, settings_for
+from p2pz.sentences import read_sentences
+from p2pz.tokens import words_of
 
-if TYPE_CHECKING:
-    from p2pz.model import Model
-
-PRESETS = ("p2pz", "authors", "diffusers")
 BENCHES = ("edit_speed", "scaling", "kernels", "quality", "pie_bench", "attention_cost", "cpu_edit")
 DTYPES = ("float32", "float16", "bfloat16")
+PLACES = {"image", "images", "out", "model", "tokenizer", "captioner", "direction", "language_model"} | {
+    f"{side}_{what}" for side in ("source", "target") for what in ("sentences", "embeddings")
+}
+"""Arguments that are paths, of which an empty one would be the current folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("always", UserWarning)
         _print_warnings()
         try:
+            for name in PLACES & vars(args).keys():
+                if args.__dict__[name] == "" or "" in (args.images if name == "images" else ()):
+                    raise ValueError(f"the path for {name} is empty")
             return args.run(args)
         except KeyboardInterrupt:
             print("p2pz: interrupted", file=sys.stderr)
@@ -56,31 +71,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def edit_command(args: argparse.Namespace) -> int:
     """`p2pz edit`: one image to a file, or several, or folders of them, to a folder; alone or under torchrun."""
-    from p2pz import Direction, direction
-    from p2pz.captions import load_captioner
-
     concepts = (args.source, args.target)
     if concepts.count(None) != (2 if args.direction else 0):
         args.parser.error("give --from and --to, or --direction")
     _check_settings(args)
-    change = Direction.load(args.direction) if args.direction else None
+    change = p2pz.Direction.load(args.direction) if args.direction else None
     ending = _file_words(change.target if change else args.target) or "edited"
     given = [Path(image) for image in args.images]
     images = jobs.find_images(given)
     folders = [path for path in given if path.is_dir()]
     many = len(images) > 1 or bool(folders)
-    outputs, folder = _outputs([f"{image.stem}_{ending}.png" for image in images], args.out, many)
+    stems = Counter(image.stem for image in images)
+    words = [image.stem if stems[image.stem] == 1 else image.name.replace(".", "_") for image in images]
+    outputs, folder = _outputs([f"{word}_{ending}.png" for word in words], args.out, many)
     if folder and folder.resolve() in [path.resolve() for path in folders]:
         raise ValueError(f"the edits would be among the images in {folder}: give another -o")
+    sources = {image.resolve(): image for image in images}
     for image, output in zip(images, outputs, strict=True):
-        if image.resolve() == output.resolve():
-            raise ValueError(f"the edit of {image} would replace the image itself: give another -o")
+        replaced = sources.get(output.resolve())
+        if replaced:
+            which = "the image itself" if replaced == image else f"{replaced}, which is to be edited too"
+            raise ValueError(f"the edit of {image} would replace {which}: give another -o")
         if args.original_size and image.suffix == ".safetensors":
             raise ValueError(f"{image} is an inversion, which does not know the size of its image: no --original-size")
 
     def prepare() -> jobs.Tools:
         model = _load(args)
-        made = change or direction(*concepts, model=model)
+        made = change or p2pz.direction(*concepts, model=model)
         made.check_fits(model)
         captioner = load_captioner(args.captioner, model.device) if args.captioner and args.prompt is None else None
         return jobs.Tools(model, made, captioner)
@@ -148,9 +165,6 @@ def _report(args: argparse.Namespace, record: dict[str, Any]) -> None:
 
 def sample_command(args: argparse.Namespace) -> int:
     """`p2pz sample`: one picture to a file, or several to a folder."""
-    from p2pz import sample
-    from p2pz.images import save_image
-
     _check_settings(args)
     prompts = [prompt for prompt in args.prompts for _ in range(args.count)]
     names = [f"{_file_words(prompt) or 'sample'}_{args.seed + i}.png" for i, prompt in enumerate(prompts)]
@@ -161,7 +175,7 @@ def sample_command(args: argparse.Namespace) -> int:
             continue
         model = model or _load(args)
         start = time.perf_counter()
-        pictures = sample(
+        pictures = p2pz.sample(
             prompt,
             model=model,
             negative_prompt=args.negative_prompt,
@@ -178,9 +192,6 @@ def sample_command(args: argparse.Namespace) -> int:
 
 def invert_command(args: argparse.Namespace) -> int:
     """`p2pz invert`: an image to a file for `p2pz edit`."""
-    from p2pz import caption, invert
-    from p2pz.images import read_image
-
     _check_settings(args)
     output = _tensor_output(args.out)
     picture = read_image(args.image)
@@ -188,8 +199,8 @@ def invert_command(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     prompt = args.prompt
     if prompt is None and args.captioner:
-        prompt = caption(picture, args.captioner, model=model)
-    inversion = invert(
+        prompt = p2pz.caption(picture, args.captioner, model=model)
+    inversion = p2pz.invert(
         picture,
         model=model,
         prompt=prompt,
@@ -206,9 +217,6 @@ def invert_command(args: argparse.Namespace) -> int:
 
 def direction_command(args: argparse.Namespace) -> int:
     """`p2pz direction`: two concepts, or two files of sentences or of embeddings, to a file for `p2pz edit`."""
-    from p2pz import direction
-    from p2pz.sentences import read_sentences
-
     concepts, files = (args.source, args.target), (args.source_sentences, args.target_sentences)
     embeddings = (args.source_embeddings, args.target_embeddings)
     if 1 in (files.count(None), embeddings.count(None)) or (None in concepts and None in files and None in embeddings):
@@ -219,7 +227,7 @@ def direction_command(args: argparse.Namespace) -> int:
         sentences = tuple(read_sentences(file, side) for file, side in zip(files, ("source", "target"), strict=True))
     model = _load(args)
     start = time.perf_counter()
-    made = direction(
+    made = p2pz.direction(
         args.source or "",
         args.target or "",
         sentences=sentences,
@@ -236,35 +244,34 @@ def direction_command(args: argparse.Namespace) -> int:
 
 def maps_command(args: argparse.Namespace) -> int:
     """`p2pz maps`: pictures of where the words of an image's caption look, and of what an edit makes of that."""
-    from p2pz import caption, direction, edit, invert, maps, record
-    from p2pz.images import read_image, save_image
-    from p2pz.inversion import prepare_pictures
-    from p2pz.presets import settings_for
-    from p2pz.tokens import words_of
-
     edits = args.source is not None
     if edits != (args.target is not None):
         args.parser.error("give both --from and --to, or neither")
     _check_settings(args)
     names = ["words", "steps", "resolutions", "self_attention", *(["edit", "comparison"] if edits else [])]
-    (table, *outputs), _ = _outputs(["maps.safetensors", *(f"{name}.png" for name in names)], args.out, True)
     original = read_image(args.image)
+    (table, *outputs), _ = _outputs(["maps.safetensors", *(f"{name}.png" for name in names)], args.out, True)
+    there = [output for output in (table, *outputs) if output.exists() and not args.overwrite]
+    if there:
+        raise ValueError(f"{there[0]} exists: give another -o, or --overwrite")
+    if Path(args.image).resolve() in [output.resolve() for output in outputs]:
+        raise ValueError(f"the maps would replace {args.image} itself: give another -o")
     model = _load(args)
     start = time.perf_counter()
     (picture,) = prepare_pictures([original], model)
-    prompt = args.prompt or caption(original, model=model)
+    prompt = p2pz.caption(original, args.captioner, model=model) if args.prompt is None else args.prompt
     words = words_of(model, prompt)
     if not words:
         raise ValueError("the caption has no words: give a --prompt that says what the image shows")
     last = settings_for(model, args.preset, steps=args.steps).steps - 1
     states: maps.States = {}
-    recorder = record(tokens=[place for _, places in words for place in places])
+    recorder = p2pz.record(tokens=[place for _, places in words for place in places])
     looks = {"attend": maps.keep_states(states, "up_blocks", steps={0, last // 2, last}), "record": recorder}
     options = {"model": model, "preset": args.preset, "steps": args.steps, "progress": _progress(args)}
-    inversion = invert(original, prompt=prompt, seed=args.seed, **options, **({} if edits else looks))
+    inversion = p2pz.invert(original, prompt=prompt, seed=args.seed, **options, **({} if edits else looks))
     edited = None
     if edits:
-        edited = edit(inversion, direction(args.source, args.target, model=model), **options, **looks).image
+        edited = p2pz.edit(inversion, p2pz.direction(args.source, args.target, model=model), **options, **looks).image
     (run,) = recorder.runs
     branch = "reference" if edits else "inversion"
     drawings = maps.word_sheet, maps.step_sheet, maps.resolution_sheet
@@ -281,12 +288,8 @@ def maps_command(args: argparse.Namespace) -> int:
 
 def info_command(args: argparse.Namespace) -> int:
     """`p2pz info`: what a checkpoint is and what it needs."""
-    import torch
-
-    from p2pz import load
-    from p2pz.info import describe
-
-    facts = describe(load(args.model, device="cpu", dtype=torch.float16))
+    file = {"prediction_type": args.prediction_type, "tokenizer": args.tokenizer}
+    facts = describe(p2pz.load(args.model, device="cpu", dtype=torch.float16, **file))
     for name, text in facts.items():
         print(f"{name.replace('_', ' '):{max(map(len, facts))}}  {text}")
     return 0
@@ -294,10 +297,6 @@ def info_command(args: argparse.Namespace) -> int:
 
 def _check_settings(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers out of range, with the API's own words and before the model is loaded."""
-    from dataclasses import replace
-
-    from p2pz.presets import PRESETS, Settings
-
     given = vars(args)
     numbers = {
         name: given[name] for name in ("steps", "strength", "guidance", "xa_guidance") if given.get(name) is not None
@@ -319,11 +318,6 @@ def _outputs(names: Sequence[str], out: str | None, many: bool) -> tuple[list[Pa
     Raises:
         ValueError: they cannot be written.
     """
-    from PIL import Image
-
-    from p2pz.files import check_place
-    from p2pz.images import check_image_path
-
     if not many and not (out and (out.endswith("/") or Path(out).is_dir())):
         output = Path(out or names[0])
         check_image_path(output)
@@ -346,8 +340,6 @@ def _outputs(names: Sequence[str], out: str | None, many: bool) -> tuple[list[Pa
 
 def _tensor_output(out: str) -> Path:
     """The path of a safetensors file to write, checked before the work. Raises ValueError."""
-    from p2pz.files import check_place
-
     output = Path(out)
     if output.suffix != ".safetensors":
         raise ValueError(f"cannot write {output}: give a name that ends in .safetensors")
@@ -373,18 +365,13 @@ def bench_command(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace) -> Model:
     """The model that the options name; each process of torchrun has a GPU of its own."""
-    import torch
-
-    from p2pz import load
-    from p2pz.model import find_device
-
     device, ranks = args.device, jobs.ranks()
     if ranks.launched and torch.cuda.is_available() and device in (None, "cuda"):
         device = f"cuda:{ranks.local}"
         torch.cuda.set_device(find_device(device))
     dtype = getattr(torch, args.dtype) if args.dtype else None
     file = {"prediction_type": args.prediction_type, "tokenizer": args.tokenizer}
-    return load(args.model, device=device, dtype=dtype, max_memory=args.max_memory, **file)
+    return p2pz.load(args.model, device=device, dtype=dtype, max_memory=args.max_memory, **file)
 
 
 def _progress(args: argparse.Namespace) -> bool | None:
@@ -425,14 +412,14 @@ def _one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def _print_warnings(prefix: str = "") -> None:
+def _print_warnings() -> None:
     """Print each warning once, as a line of ours without a source location; `warnings.catch_warnings` undoes it."""
     seen = set()
 
     def show(message: object, *_, **__) -> None:
         if str(message) not in seen:
             seen.add(str(message))
-            _complain("warning", f"{prefix}{message}")
+            _complain("warning", message)
 
     warnings.showwarning = show
 
@@ -483,7 +470,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"p2pz {__version__}")
+    parser.add_argument("--version", action="version", version=f"p2pz {p2pz.__version__}")
     commands = parser.add_subparsers(prog="p2pz", metavar="COMMAND", required=True)
 
     def command(name: str, run, text: str, usage: str) -> argparse.ArgumentParser:
@@ -556,8 +543,10 @@ def _parser() -> argparse.ArgumentParser:
     maps = command("maps", maps_command, "draw where words look", "IMG [--from WORDS --to WORDS] -o FOLDER")
     maps.add_argument("image", metavar="IMG", help="image")
     maps.add_argument("--prompt", metavar="TEXT", help="what the image shows (default: recognised)")
+    _add_captioner(maps)
     _add_concepts(maps)
     maps.add_argument("-o", "--out", required=True, help="folder")
+    maps.add_argument("--overwrite", action="store_true", help="replace what the folder already has")
     _add_run(maps, "default: the preset's")
     _add_preset(maps)
 
@@ -570,13 +559,14 @@ def _parser() -> argparse.ArgumentParser:
         "options", nargs=argparse.REMAINDER, metavar="OPTIONS", help="of the benchmark; --help lists them"
     )
 
+    for sub in (edit, sample, invert, direction, maps, info):
+        sub.add_argument("--tokenizer", metavar="FOLDER", help="of a .safetensors file (default: from the hub's cache)")
+        sub.add_argument(
+            "--prediction-type", choices=PREDICTION_TYPES, help="if a file does not tell (default: probed)"
+        )
     for sub in (edit, sample, invert, direction, maps):
         sub.add_argument(
             "--model", metavar="SOURCE", help="folder, .safetensors file or hub id (default: $P2PZ_MODEL, or bundled)"
-        )
-        sub.add_argument("--tokenizer", metavar="FOLDER", help="of a .safetensors file (default: from the hub's cache)")
-        sub.add_argument(
-            "--prediction-type", choices=("epsilon", "v_prediction"), help="if a file does not tell (default: probed)"
         )
         sub.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
         sub.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
@@ -609,11 +599,11 @@ def _add_run(parser: argparse.ArgumentParser, steps: str, default: int | None = 
 
 
 def _add_seed(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, metavar="N", help=f"{what} (default: 0)")
+    parser.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, metavar="N", help=f"{what} (default: 0)")
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=PRESETS, default="p2pz", help="numbers of the method (default: p2pz)")
+    parser.add_argument("--preset", choices=[*PRESETS], default="p2pz", help="numbers of the method (default: p2pz)")
 
 
 if __name__ == "__main__":

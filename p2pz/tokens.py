@@ -1,15 +1,18 @@
 """Which tokens of a caption belong to which of its words, and where they stand."""
 
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from p2pz.model import Model
+from p2pz.text import check_text
 
 
 def tokens_of(model: Model, prompt: str) -> list[int]:
     """A caption's tokens from start token to end token, cut to the encoder's length, without padding."""
+    check_text(prompt)
     return model.tokenizer(prompt, truncation=True, max_length=model.tokenizer.model_max_length).input_ids
 
 
@@ -67,7 +70,7 @@ def weigh_tokens(model: Model, prompt: str, factors: Mapping[str, float]) -> Ten
     """
     weights = torch.ones(model.tokenizer.model_max_length)
     for words, factor in factors.items():
-        if not abs(factor) < float("inf"):
+        if not isinstance(factor, Real) or not abs(factor) < float("inf"):
             raise ValueError(f'the factor of "{words}" must be a finite number, not {factor}')
         weights[places_of(model, prompt, words)] = factor
     return weights

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 import p2pz
 from p2pz import cli, editing
-from p2pz.presets import PRESETS
 from p2pz.weights import MINI_FOLDER, mini_world
 
 COMMANDS = ("edit", "sample", "invert", "direction", "info", "bench")
@@ -135,6 +134,14 @@ def test_default_name_and_overwriting(p2pz_):
     status, out, _ = p2pz_("edit", "cat.png", "--from", "cat", "--to", "cat with glasses", "--steps", 1)
     assert status == 0 and out[0].startswith("wrote cat_cat_with_glasses.png: ")
     assert pixels("cat_cat_with_glasses.png").shape == (128, 128, 3)
+
+
+def test_images_of_one_stem_get_names_of_their_own(p2pz_):
+    os.mkdir("photos")
+    for name in ("a.png", "a.jpg", "b.png"):
+        Image.open("cat.png").save(f"photos/{name}")
+    status, *_ = p2pz_("edit", "photos", *CAT_TO_DOG, "-o", "dogs", "--quiet")
+    assert status == 0 and {"a_jpg_dog.png", "a_png_dog.png", "b_dog.png"} < set(os.listdir("dogs"))
 
 
 def test_folder_is_resumed_and_a_bad_image_does_not_lose_the_others(p2pz_, monkeypatch):
@@ -291,7 +298,6 @@ def test_help_is_quick_and_has_examples():
 
 def test_version_and_choices(p2pz_):
     assert p2pz_("--version") == (0, [f"p2pz {p2pz.__version__}"], [])
-    assert tuple(PRESETS) == cli.PRESETS
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in cli.DTYPES)
 
 
@@ -312,7 +318,7 @@ SAMPLE = ("sample", "a cat", "-o", "a.png")
         ((*EDIT, "--steps", "1000"), "--steps: must be a whole number from 1 to 999, not '1000'"),
         ((*EDIT, "--steps", "2.5"), "--steps: must be a whole number"),
         ((*EDIT, "--seed", "-1"), "--seed: must be a whole number"),
-        ((*EDIT, "--seed", str(2**63)), "--seed: must be a whole number"),
+        ((*EDIT, "--seed", str(2**32)), "--seed: must be a whole number"),
         ((*EDIT, "--dtype", "int8"), "--dtype: invalid choice: 'int8'"),
         ((*EDIT, "--preset", "mine"), "--preset: invalid choice: 'mine'"),
         ((*EDIT, "--guidance", "much"), "--guidance: invalid float value: 'much'"),
@@ -350,6 +356,9 @@ def write_inputs():
     Image.new("RGB", (400, 20)).save("strip.png")
     os.mkdir("folder")
     os.mkdir("folder.png")
+    os.mkdir("sheets")
+    for name in ("cat_dog.png", "sheets/steps.png"):
+        shutil.copy("cat.png", name)
     p2pz.Direction(torch.zeros(77, 128), "cat", "dog", (1, 1), "0" * 16).save("foreign.safetensors")
     p2pz.Inversion(torch.zeros(4, 32, 32), torch.zeros(4, 32, 32), "a", 2, "0" * 16).save("inversion.safetensors")
 
@@ -385,8 +394,18 @@ DIRECTION = ("direction", "-o", "d.safetensors")
         ((*EDIT, "-o", "a.txt/"), "cannot create the folder a.txt"),
         (("edit", "cat.png", "dot.png", *TO_DOG, "-o", "out.png"), "out.png is a file name"),
         (("edit", "cat.png", "dot.png", *TO_DOG, "-o", "a.txt"), "cannot create the folder a.txt"),
-        (("edit", "cat.png", "./cat.png", *TO_DOG, "-o", "out"), "would be written to out/cat_dog.png"),
+        (("edit", "cat.png", "./cat.png", *TO_DOG, "-o", "out"), "would be written to out/cat_png_dog.png"),
         ((*SAMPLE, "--guidance", "inf"), "guidance must be zero or more"),
+        (
+            ("edit", "cat.png", "cat_dog.png", *TO_DOG, "-o", ".", "--overwrite"),
+            "which is to be edited too",
+        ),
+        (("edit", "", *TO_DOG), "the path for images is empty"),
+        (("edit", "cat.png", *TO_DOG, "-o", ""), "the path for out is empty"),
+        ((*SAMPLE, "--model", ""), "the path for model is empty"),
+        (("maps", "missing.png", "-o", "new"), "image missing.png does not exist"),
+        (("maps", "cat.png", "-o", "sheets"), "steps.png exists: give another -o, or --overwrite"),
+        (("maps", "sheets/steps.png", "-o", "sheets", "--overwrite"), "would replace sheets/steps.png itself"),
         (("sample", "a", "-o", "missing/a.png"), "the folder missing does not exist"),
         (("sample", "a", "b", "-o", "out.png"), "out.png is a file name"),
         (("invert", "missing.png", "-o", "a.safetensors"), "image missing.png does not exist"),
@@ -421,12 +440,17 @@ def test_what_needs_no_model_is_one_line_before_any_work(argv, message, p2pz_, n
         ((*EDIT, "--device", "abacus"), "device must be cpu, cuda or cuda:N, not 'abacus'"),
         ((*EDIT, "--device", "cuda:99"), "there is no device cuda:99: PyTorch finds "),
         ((*SAMPLE, "--size", "64x66"), "multiples of 4, not (64, 66)"),
-        ((*SAMPLE, "--size", "16x64"), "at least 32"),
+        ((*SAMPLE, "--size", "16x64"), "from 32 to 4096"),
+        ((*SAMPLE, "--size", "99996x64"), "from 32 to 4096"),
         (("direction", "--from", "cat", "--to", "cat", "-o", "d.safetensors"), 'from "cat" to itself'),
         ((*DIRECTION, *TO_DOG, "--language-model", "folder"), "language model folder cannot be loaded"),
         ((*DIRECTION, "--source-embeddings", "a.pt", "--target-embeddings", "b.pt"), "embeddings a.pt do not exist"),
         ((*EDIT, "--captioner", "missing"), "captioner missing does not exist"),
         (("info", "missing"), "model missing does not exist"),
+        (("sample", "caf\udce9", "-o", "a.png"), "this text is not valid Unicode (UTF-8): 'caf\\udce9'"),
+        ((*EDIT, "--prompt", "caf\udce9"), "this text is not valid Unicode"),
+        (("edit", "cat.png", "--from", "caf\udce9", "--to", "tea"), "this text is not valid Unicode"),
+        (("maps", "cat.png", "-o", "folder.png", "--prompt", "caf\udce9"), "this text is not valid Unicode"),
     ],
 )
 def test_what_only_the_model_shows_is_one_line_too(argv, message, p2pz_):

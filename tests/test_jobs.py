@@ -174,7 +174,7 @@ def test_a_full_disk_is_an_error_of_the_image(edited, tools, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", save)
-    assert "No space left" in run(["a"], tools)["a"].error and os.listdir("out") == ["results.jsonl"]
+    assert "no space left" in run(["a"], tools)["a"].error and os.listdir("out") == ["results.jsonl"]
     assert [line["error"] is None for line in lines()] == [False]
 
 
