@@ -66,7 +66,7 @@ class Method:
     """A method of the comparison.
 
     Attributes:
-        call: `call(images, "cat->dog", model=, prompt=, seed=, batch_size=, progress=, **options)`, a list of results
+        call: `call(images, "cat->dog", model=, seed=, batch_size=, progress=, **options)`, a list of results
             with an `image` each; images are inversions, made with those options that are in `INVERSION`.
         grid: option -> values to try; every combination is.
         style_grid: the same for a change of style; None: the same values.

@@ -1,7 +1,8 @@
 """Tensor primitives of p2pz, each in readable PyTorch and as a Triton kernel. Knows nothing of diffusion models.
 
-Every function takes `backend`: `"auto"` runs the kernel on CUDA tensors that it supports and PyTorch on all others,
-`"torch"` and `"triton"` insist.
+Functions that have a kernel take `backend`: `"auto"` runs it on CUDA tensors that it supports and PyTorch on others,
+`"torch"` and `"triton"` insist. `kl_loss`, `kl_gradient`, `attention_probabilities` and `attend_with_probabilities` are
+PyTorch alone.
 """
 
 from p2pz.kernels.convolution import conv3x3

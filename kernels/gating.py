@@ -7,7 +7,7 @@ from torch import Tensor
 from p2pz.kernels.dispatch import check_bias, choose_triton, launch, library_op, tl, triton, unit_stride
 
 TILE = (1, 512, 2)
-"""Rows, columns and warps of a tile: 16 values and 16 gates per thread. 256 divides every inner width of SD."""
+"""Rows, columns and warps of a tile: 8 values and 8 gates per thread."""
 
 
 def geglu_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -195,7 +195,7 @@ def geglu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Te
     Raises:
         ValueError: shapes, dtypes or devices do not fit; or `"triton"` was asked for what the kernel cannot do.
 
-    Source: Shazeer, "GLU Variants Improve Transformer" (2020), equation 6.
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020), equation 5.
     """
     if x.ndim == 0 or x.shape[-1] % 2 or 0 in x.shape:
         raise ValueError(f"x must be [..., 2 * inner] with no empty axis, not {list(x.shape)}")

@@ -52,13 +52,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]
 """`attend(q [B, N, H, D], k [B, M, H, D], v [B, M, H, D], site) -> out [B, N, H, D]`."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-    """The default: plain attention, no maps kept."""
+def plain(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+    """The default: attention, no maps kept."""
     return attention(q, k, v)
-
-
-plain = attend
-"""The default under a name that an argument called `attend` does not hide."""
 
 
 Features = Callable[[Tensor, Site], Tensor]
@@ -183,7 +179,7 @@ QueriesAndKeys = dict[str, tuple[Tensor, Tensor]]
 """`site.path -> (q [B, N, H, D], k [B, M, H, D])` of the cross-attention layers: their maps, not yet computed."""
 
 
-def keep_queries_and_keys(kept: QueriesAndKeys, attend: Attend = attend) -> Attend:
+def keep_queries_and_keys(kept: QueriesAndKeys, attend: Attend = plain) -> Attend:
     """An `attend` that keeps what the maps of every cross-attention layer are made of; far smaller than the maps.
 
     Args:
@@ -203,7 +199,7 @@ def keep_queries_and_keys(kept: QueriesAndKeys, attend: Attend = attend) -> Atte
 
 
 def guide_cross_attention(
-    reference: QueriesAndKeys, losses: list[Tensor], attend: Attend = attend, token_weights: Tensor | None = None
+    reference: QueriesAndKeys, losses: list[Tensor], attend: Attend = plain, token_weights: Tensor | None = None
 ) -> Attend:
     """An `attend` that measures how far the cross-attention maps are from reference maps.
 

@@ -33,12 +33,12 @@ from p2pz.checks import check_finite, edit_warnings
 from p2pz.directions import Direction, direction, parse_direction
 from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
-from p2pz.inversion import Inversion, common_steps, hide, invert_pictures, open_images
+from p2pz.inversion import Inversion, common_steps, invert_pictures, open_images
 from p2pz.memory import batches_for, tables_for_queries
 from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
 from p2pz.recording import Recorder, hooks_in_step
-from p2pz.schedule import ddim_step, denoising_schedule
+from p2pz.schedule import ddim_step, denoising_schedule, guided
 from p2pz.sentences import source_prompt
 from p2pz.tokens import weigh_tokens
 from p2pz.unet import Conditioning
@@ -67,25 +67,6 @@ class EditResult:
     reconstruction_psnr: float | None
     warnings: tuple[str, ...] = ()
     settings: Settings | None = None
-
-
-def guided(noise: Tensor, guidance: Tensor | float, pairs: bool) -> Tensor:
-    """Classifier-free guidance.
-
-    Args:
-        noise: predictions `[2 * B, 4, h, w]` of the negative and of the conditional half; without pairs `[B, 4, h, w]`.
-        guidance: scale of the difference between the halves.
-        pairs: whether there is a negative half.
-
-    Returns:
-        `[B, 4, h, w]`.
-
-    Source: Ho and Salimans, "Classifier-Free Diffusion Guidance" (2022), equation 6, with w + 1 = guidance.
-    """
-    if not pairs:
-        return noise
-    negative, conditional = noise.chunk(2)
-    return negative + guidance * (conditional - negative)
 
 
 class _LastMapSeen(Exception):
@@ -215,6 +196,174 @@ def parts_of_edit(images: int, edits: int, pairs: bool, reference_pairs: bool) -
     ]
 
 
+def _halves(latents: Tensor, pairs: bool) -> Tensor:
+    """Latents for both halves of a classifier-free pair, or for the one that there is."""
+    return torch.cat([latents, latents]) if pairs else latents
+
+
+def _denoise(model: Model, inputs: Tensor, prediction: Tensor, alphas: Tensor, guidance: Tensor, pairs: bool) -> Tensor:
+    """Latents a DDIM step on; `inputs` are their halves, of which the prediction was made."""
+    noise = guided(model.to_noise(prediction, inputs, alphas[0]), guidance, pairs)
+    return ddim_step(inputs[: len(noise)], noise, *alphas)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of an edit, functions on tensors. Recorded, they outlive it: so they hold no tensors of images.
+
+    Attributes:
+        model: without what it has recorded.
+        settings: the numbers.
+        images, edits: how many there are.
+        reference_pairs: whether the reference, too, has a negative half.
+        weighs: whether the constants end with weights of tokens; the inversion's queries come behind them.
+        hooks: what happens in the layers.
+        watcher: a recorder without what it keeps.
+        timesteps: of all steps.
+    """
+
+    model: Model
+    settings: Settings
+    images: int
+    edits: int
+    reference_pairs: bool
+    weighs: bool
+    hooks: Hooks
+    watcher: Recorder | None
+    timesteps: Tensor
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the edits have a negative half."""
+        return self.settings.guidance != 1
+
+    @property
+    def edit_rows(self) -> int:
+        """Rows of the edits in a batch; those of the reference come behind them."""
+        return self.edits * (1 + self.pairs)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Of a batch of both."""
+        return parts_of_edit(self.images, self.edits, self.pairs, self.reference_pairs)
+
+    @property
+    def edit_parts(self) -> list[Part]:
+        """Of a batch of the edits alone."""
+        return self.parts[: 1 + self.pairs]
+
+    @property
+    def reference_parts(self) -> list[Part]:
+        """Of a batch of the reference alone, which is then not ahead."""
+        return [part._replace(ahead=0) for part in self.parts[1 + self.pairs :]]
+
+    @property
+    def layers(self) -> int:
+        """How many layers of a reference that is denoised leave queries for the next step."""
+        return len(self.model.unet.cross_attention_paths) if guided_range(self.settings) else 0
+
+    @property
+    def looks(self) -> bool:
+        """Whether somebody wants to see the reference also at steps without map guidance."""
+        return self.watcher is not None or self.hooks != Hooks()
+
+    def told(self, parts: list[Part], index: Tensor, maps: list[Tensor]) -> Hooks:
+        """Hooks for a pass of these parts; `maps` receives what the recorder is to keep."""
+        return hooks_in_step(self.hooks, self.watcher, parts, index, self.timesteps, maps)
+
+    def pass_of_reference(
+        self, latents: Tensor, conditioning: Conditioning, index: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Prediction, queries layer by layer, and what the recorder is to keep, of a batch of the reference alone."""
+        kept: QueriesAndKeys = {}
+        maps: list[Tensor] = []
+        hooks = self.told(self.reference_parts, index, maps)
+        hooks = hooks._replace(attend=keep_queries_and_keys(kept, hooks.attend))
+        inputs = _halves(latents, self.reference_pairs)
+        prediction = self.model.predict(inputs, conditioning.of(slice(self.edit_rows, None)), hooks)
+        return prediction, [q for q, _ in kept.values()], maps
+
+    def guide(
+        self,
+        latents: Tensor,
+        queries: Sequence[Tensor],
+        conditioning: Conditioning,
+        scale: Tensor,
+        weights: Tensor | None,
+        index: Tensor,
+    ) -> Tensor:
+        """The halves of the edits' latents, moved towards the reference's maps, which have these queries."""
+        followed = followed_rows(self.settings)
+        start = latents if followed == 1 else _halves(latents, True)
+        spread = partial(_spread, images=self.images, copies=self.edits // self.images, halves=followed)
+        keys = self.model.unet.keys(conditioning.keys_values[self.edit_rows :])
+        reference = {path: (spread(q), spread(k)) for q, (path, k) in zip(queries, keys.items(), strict=True)}
+        own = conditioning.of(slice(self.edit_rows - len(start), self.edit_rows))
+        hooks = hooks_by_parts(self.hooks, self.edit_parts[-followed:], index, self.timesteps, guiding=True)
+        gradient = map_gradient(self.model, start, own, reference, hooks, self.settings.resolution_weights, weights)
+        if followed == 1:
+            return _halves(latents - scale * gradient, self.pairs)
+        if self.settings.gradient == "both":
+            return _halves(latents - scale * (sum(gradient.chunk(2)) / 2), True)
+        return start - scale * gradient / 2
+
+    def on_path(self, guiding: bool, index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
+        """The inversion is the reference. If it has left no queries, a pass of its form makes them, to the last bit."""
+        (latents, *_), (shifts, keys_values, alphas, scales, path, *rest) = state, constants
+        weights, queries = (rest[0], rest[1:]) if self.weighs else (None, rest)
+        conditioning = Conditioning(row(shifts, index), keys_values)
+        seen: list[Tensor] = []
+        if (guiding or self.looks) and not queries:
+            _, queries, seen = self.pass_of_reference(row(path, index), conditioning, index)
+        elif self.watcher:
+            keys = self.model.unet.keys(keys_values[self.edit_rows :])
+            seen = self.watcher.maps_of(queries, keys, self.reference_parts, index)
+        moved = _halves(latents, self.pairs)
+        if guiding:
+            moved = self.guide(latents, queries, conditioning, scales[1], weights, index)
+
+        maps: list[Tensor] = []
+        hooks = self.told(self.edit_parts, index, maps)
+        prediction = self.model.predict(moved, conditioning.of(slice(self.edit_rows)), hooks)
+        latents = _denoise(self.model, moved, prediction, row(alphas, index), scales[0], self.pairs)
+        return [latents, *(self.watcher.weave(maps, seen) if self.watcher else [])]
+
+    def first_of_reference(self, index: Tensor, latents: Tensor, *constants: Tensor) -> Tensors:
+        """The step by which a reference that is denoised is ahead."""
+        shifts, keys_values, alphas, scales, *_ = constants
+        prediction, queries, maps = self.pass_of_reference(latents, Conditioning(shifts[0], keys_values), index)
+        inputs = _halves(latents, self.reference_pairs)
+        latents = _denoise(self.model, inputs, prediction, alphas[0], scales[0], self.reference_pairs)
+        return [latents, *queries[: self.layers], *maps]
+
+    def behind_reference(self, guiding: bool, index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
+        """Edits, and the next step of the reference, in one batch."""
+        (latents, reference, *before), (shifts, keys_values, alphas, scales, *rest) = state, constants
+        weights, edits = rest[0] if self.weighs else None, slice(self.edit_rows)
+        moved = _halves(latents, self.pairs)
+        if guiding:
+            conditioning = Conditioning(row(shifts, index), keys_values)
+            moved = self.guide(latents, before[: self.layers], conditioning, scales[1], weights, index)
+
+        kept: QueriesAndKeys = {}
+        maps: list[Tensor] = []
+        hooks = self.told(self.parts, index, maps)
+        hooks = hooks._replace(attend=keep_queries_and_keys(kept, hooks.attend))
+        inputs = torch.cat([moved, _halves(reference, self.reference_pairs)])
+        now, later = (row(shifts, i).expand(len(inputs), -1) for i in (index, index + 1))
+        shifts = torch.cat([now[edits], later[self.edit_rows :]])
+        prediction = self.model.predict(inputs, Conditioning(shifts, keys_values), hooks)
+        latents, reference = (
+            _denoise(self.model, inputs[rows], prediction[rows], row(alphas, i), scales[0], pairs)
+            for rows, i, pairs in (
+                (edits, index, self.pairs),
+                (slice(self.edit_rows, None), index + 1, self.reference_pairs),
+            )
+        )
+        queries = [q[self.edit_rows :] for q, _ in kept.values()] if self.layers else []
+        return [latents, reference, *queries, *maps]
+
+
 @torch.no_grad()
 def edit_latents(
     model: Model,
@@ -260,178 +409,62 @@ def edit_latents(
 
     Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), algorithm 1.
     """
-    hooks = hooks_of(attend)
-    images, edits = len(noise), len(edited)
-    copies = edits // images
-    pairs, steps = settings.guidance != 1, settings.steps
-    negative_states = caption if negative is None else negative
-    edit_texts = torch.cat([negative_states.repeat(copies, 1, 1), edited]) if pairs else edited
+    hooks, on_path = hooks_of(attend), settings.reference == "path"
+    images, edits, copies = len(noise), len(edited), len(edited) // len(noise)
+    pairs, others = settings.guidance != 1, caption if negative is None else negative
     reference_pairs = pairs and negative is not None
-    reference_texts = torch.cat([negative_states, caption]) if reference_pairs else caption
-
-    schedule = denoising_schedule(steps)
-    texts = torch.cat([edit_texts, reference_texts])
-    shifts, keys_values = model.condition(schedule.timesteps, texts, noise.shape[2:])
-    edit_rows = len(edit_texts)
+    texts = [*([others.repeat(copies, 1, 1)] if pairs else []), edited, *([others] if reference_pairs else []), caption]
+    schedule = denoising_schedule(settings.steps)
+    shifts, keys_values = model.condition(schedule.timesteps, torch.cat(texts), noise.shape[2:])
     # One row more for the reference, which is a step ahead: after the last step it stands still.
     shifts = torch.cat([shifts, shifts[-1:]])
     alphas = torch.cat([schedule.alphas, schedule.alphas[-1:, 1:].expand(1, 2)])
-    scales = torch.tensor([settings.guidance, settings.xa_guidance])
-    guided_steps = guided_range(settings)
-    layers = len(model.unet.cross_attention_paths) if guided_steps else 0  # whose queries the reference leaves
-    followed = followed_rows(settings)
-
-    tables = [shifts, keys_values, alphas, scales]
-    on_path = settings.reference == "path"
+    tables = [shifts, keys_values, alphas, torch.tensor([settings.guidance, settings.xa_guidance])]
     if on_path:
         tables += [path[:-1].flip(0)]  # what the inversion's pass for each timestep was given
     if token_weights is not None:
         weights = token_weights.repeat(copies, 1)
         of_negative = weights if negative is None else torch.ones_like(weights)  # the places are the caption's
-        tables += [torch.cat([of_negative, weights])[-followed * edits :]]
+        tables += [torch.cat([of_negative, weights])[-followed_rows(settings) * edits :]]
     constants = [tensor.to(model.device) for tensor in tables]
-    parts = parts_of_edit(images, edits, pairs, reference_pairs)  # of a batch of both
-    edit_parts = parts[: 1 + pairs]
-    guided_parts = edit_parts[-followed:]
-    own_parts = [part._replace(ahead=0) for part in parts[1 + pairs :]]  # of a pass of the reference alone
-    looks = recorder is not None or hooks != Hooks()  # at steps without map guidance too
-    kept_layers = len(queries or ())  # a recorded step lives longer than the queries, so it must not hold them
 
-    def halves(latents: Tensor, pairs: bool = pairs) -> Tensor:
-        return torch.cat([latents, latents]) if pairs else latents
-
-    def unpack(constants: Tensors) -> tuple[Tensor | None, Tensor | None]:
-        """The optional tables: the path, the tokens' weights."""
-        rest = iter(constants[4:])
-        return tuple(next(rest) if here else None for here in (on_path, token_weights is not None))
-
-    def reference_queries(kept: QueriesAndKeys) -> list[Tensor]:
-        """Those of the reference's rows, the last ones, layer by layer; its keys do not change."""
-        return [queries[-len(reference_texts) :] for queries, _ in kept.values()] if layers else []
-
-    def maps_of_reference(given: Sequence[Tensor], keys_values: Tensor, index: Tensor) -> list[Tensor]:
-        """What a recorder is to keep, of the inversion's queries: no output is wanted."""
-        maps: list[Tensor] = []
-        watch = watcher.watch(lambda q, *_: q, own_parts, maps, index)
-        sites = [site for site in model.unet.sites(*noise.shape[2:]) if site.kind == "cross"]
-        for q, k, site in zip(given, model.unet.keys(keys_values[edit_rows:]).values(), sites, strict=True):
-            watch(q, k, k, site)
-        return maps
-
-    def pass_of_reference(
-        latents: Tensor, shifts: Tensor, keys_values: Tensor, index: Tensor
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Prediction, queries layer by layer, and what a recorder is to keep."""
-        kept: QueriesAndKeys = {}
-        maps: list[Tensor] = []
-        told = hooks_in_step(hooks, watcher, own_parts, index, schedule.timesteps, maps)
-        told = told._replace(attend=keep_queries_and_keys(kept, told.attend))
-        conditioning = Conditioning(shifts, keys_values).of(slice(edit_rows, None))
-        return model.predict(halves(latents, reference_pairs), conditioning, told), reference_queries(kept), maps
-
-    def guide(latents: Tensor, given: Sequence[Tensor], index: Tensor, constants: Tensors) -> Tensor:
-        """The halves of the latents, moved towards the reference's maps, of which `given` are the queries."""
-        (shifts, keys_values, _, scales), (_, weights) = constants[:4], unpack(constants)
-        start = latents if followed == 1 else halves(latents)
-        references = {
-            path: (_spread(q, images, copies, followed), _spread(k, images, copies, followed))
-            for q, (path, k) in zip(given, model.unet.keys(keys_values[edit_rows:]).items(), strict=True)
-        }
-        conditioning = Conditioning(row(shifts, index), keys_values).of(slice(edit_rows - len(start), edit_rows))
-        told = hooks_by_parts(hooks, guided_parts, index, schedule.timesteps, guiding=True)
-        gradient = map_gradient(model, start, conditioning, references, told, settings.resolution_weights, weights)
-        if followed == 1:
-            return halves(latents - scales[1] * gradient)
-        if settings.gradient == "both":
-            return halves(latents - scales[1] * (sum(gradient.chunk(2)) / 2))
-        return start - scales[1] * gradient / 2
-
-    def denoise(moved: Tensor, prediction: Tensor, alphas: Tensor, scales: Tensor) -> Tensor:
-        """The edits a step on, from their halves."""
-        noise = model.to_noise(prediction, moved, alphas[0])
-        return ddim_step(moved[:edits], guided(noise, scales[0], pairs), *alphas)
-
-    def denoise_reference(latents: Tensor, prediction: Tensor, alphas: Tensor, scales: Tensor) -> Tensor:
-        noise = model.to_noise(prediction, halves(latents, reference_pairs), alphas[0])
-        return ddim_step(latents, guided(noise, scales[0], reference_pairs), *alphas)
-
-    def step_on_path(guiding: bool, index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
-        """The inversion is the reference. If it has left no queries, a pass of its form makes them, to the last bit."""
-        (latents, reference, *_), (shifts, keys_values, alphas, scales) = state, constants[:4]
-        now, given, reference_maps = row(shifts, index), [], []
-        if (guiding or looks) and kept_layers:
-            given = constants[len(constants) - kept_layers :]
-            reference_maps = maps_of_reference(given, keys_values, index) if watcher else []
-        elif guiding or looks:
-            was = row(unpack(constants)[0], index)
-            _, given, reference_maps = pass_of_reference(was, now, keys_values, index)
-        moved = guide(latents, given, index, constants) if guiding else halves(latents)
-
-        maps: list[Tensor] = []
-        told = hooks_in_step(hooks, watcher, edit_parts, index, schedule.timesteps, maps)
-        prediction = model.predict(moved, Conditioning(now, keys_values).of(slice(edit_rows)), told)
-        if watcher:
-            maps = watcher.weave(maps, reference_maps)
-        return [denoise(moved, prediction, row(alphas, index), scales), reference, *maps]
-
-    def first_of_reference(index: Tensor, noise: Tensor, *constants: Tensor) -> Tensors:
-        """The step by which a reference that is denoised is ahead."""
-        shifts, keys_values, alphas, scales = constants[:4]
-        prediction, given, maps = pass_of_reference(noise, shifts[0], keys_values, index)
-        return [denoise_reference(noise, prediction, alphas[0], scales), *given, *maps]
-
-    def step_behind_reference(guiding: bool, index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
-        """Edits, and the next step of the reference, in one batch."""
-        (latents, reference, *before), (shifts, keys_values, alphas, scales) = state, constants[:4]
-        moved = guide(latents, before[:layers], index, constants) if guiding else halves(latents)
-
-        kept: QueriesAndKeys = {}
-        maps: list[Tensor] = []
-        told = hooks_in_step(hooks, watcher, parts, index, schedule.timesteps, maps)
-        told = told._replace(attend=keep_queries_and_keys(kept, told.attend))
-        inputs = torch.cat([moved, halves(reference, reference_pairs)])
-        now, later = (row(shifts, i).expand(len(texts), -1) for i in (index, index + 1))
-        conditioning = Conditioning(torch.cat([now[:edit_rows], later[edit_rows:]]), keys_values)
-        prediction = model.predict(inputs, conditioning, told)
-        latents = denoise(moved, prediction[:edit_rows], row(alphas, index), scales)
-        reference = denoise_reference(reference, prediction[edit_rows:], row(alphas, index + 1), scales)
-        return [latents, reference, *reference_queries(kept), *maps]
-
-    kind = (
-        "edit", id(model.unet), model.prediction_type, model.checkpoint, pairs, reference_pairs, layers, kept_layers,
-        on_path, settings.gradient, settings.resolution_weights, token_weights is not None, recorder and recorder.key,
-    )  # fmt: skip
-    graphs, model = model.split(hooks == Hooks())
-    empty_maps, each = [], None
+    each, watcher, empty_maps = None, None, []
     if recorder:
-        seen = [*edit_parts, *own_parts] if on_path else parts
+        seen = parts_of_edit(images, edits, pairs, reference_pairs)
+        if on_path:
+            seen = [part._replace(ahead=0) for part in seen]
         empty_maps = recorder.begin(model.unet, seen, noise, schedule.timesteps, keys_values.shape[1])
+        watcher = recorder.watcher()
 
         def each(i: int, state: Tensors) -> None:
             recorder.take(i, seen, state[len(state) - len(empty_maps) :])
 
-    watcher = recorder and recorder.watcher()  # likewise, it must not hold the maps
-    kept: Tensors = []
+    graphs, model = model.split(hooks == Hooks())
+    steps = _Steps(
+        model, settings, images, edits, reference_pairs, token_weights is not None, hooks, watcher, schedule.timesteps
+    )
+    kind = (
+        "edit", id(model.unet), model.prediction_type, model.checkpoint, pairs, reference_pairs, steps.weighs,
+        steps.layers, on_path, settings.gradient, settings.resolution_weights, recorder and recorder.key,
+    )  # fmt: skip
+    latents = noise.repeat(copies, 1, 1, 1)
     if on_path:
-        reference = path[0].to(model.device)
+        step, state = steps.on_path, [latents, *empty_maps]
     else:
-        start = torch.zeros(1, dtype=torch.int64, device=model.device)
-        reference, *kept = graphs.call(("reference", *kind), first_of_reference, [start, noise, *constants])
+        first = torch.zeros(1, dtype=torch.int64, device=model.device)
+        reference, *left = graphs.call(("reference", *kind), steps.first_of_reference, [first, noise, *constants])
         if recorder:
-            recorder.take(0, own_parts, kept[layers:])
-    state = [noise.repeat(copies, 1, 1, 1), reference, *kept[:layers], *empty_maps]
+            recorder.take(0, steps.reference_parts, left[steps.layers :])
+        step, state = steps.behind_reference, [latents, reference, *left[: steps.layers], *empty_maps]
     backwards = [table.unbind()[::-1] for table in queries or ()]
-    step = step_on_path if on_path else step_behind_reference
-    begin, end = guided_steps.start, guided_steps.stop
-    for first_step, last_step, guiding in ((0, begin, False), (begin, end, True), (end, steps, False)):
-        count = last_step - first_step
-        if count:
+    begin, end = guided_range(settings).start, guided_range(settings).stop
+    for first_step, last_step, guiding in ((0, begin, False), (begin, end, True), (end, settings.steps, False)):
+        if first_step < last_step:
             state = graphs.run(
-                (*kind, guiding), partial(step, guiding), state, constants, count, "editing", hide(progress), each,
-                first_step, backwards if guiding or looks else (),
+                (*kind, guiding), partial(step, guiding), state, constants, last_step - first_step, "editing", progress,
+                each, first_step, backwards if guiding or steps.looks else (),
             )  # fmt: skip
-    latents, reference, *_ = state
-    return latents, reference
+    return state[0], path[0].to(model.device) if on_path else state[1]
 
 
 @explain_out_of_memory
@@ -583,6 +616,8 @@ def _map_weights(model: Model, captions: Sequence[str], factors: Mapping[str, fl
     """Weights of the captions' tokens in the map loss, `[B, 77]`. Raises ValueError for one below zero."""
     if not factors:
         return None
+    if not isinstance(factors, Mapping):
+        raise ValueError(f'token_weights go from words to numbers, such as {{"cat": 0.5}}, not {factors!r:.100}')
     weights = torch.stack([weigh_tokens(model, caption, factors) for caption in captions])
     if weights.min() < 0:
         raise ValueError(f"token_weights must be zero or more, not {weights.min():g}")

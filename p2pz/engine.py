@@ -51,6 +51,12 @@ def recording_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def fixed_places(arguments: Tensors) -> Tensors:
+    """Copies of tensors that can be written to ever after, which those made in inference mode cannot from elsewhere."""
+    with torch.inference_mode(False):
+        return [torch.empty_like(tensor).copy_(tensor) for tensor in arguments]
+
+
 class CudaGraph:
     """A function on tensors, recorded once; a call copies its arguments to fixed places and replays it.
 
@@ -62,18 +68,21 @@ class CudaGraph:
 
     def __init__(self, function: Callable[..., Tensors], arguments: Tensors, pool: tuple[int, int]):
         stream = recording_stream(torch.cuda.current_device())
-        self.arguments = [torch.empty_like(tensor).copy_(tensor) for tensor in arguments]
+        self.arguments = fixed_places(arguments)
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            compile_ahead(function, *self.arguments)
-            self.load(arguments)  # the dry run spoilt those that the function changes
-            function(*self.arguments)  # lets libraries allocate, which cannot be recorded
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                compile_ahead(function, *self.arguments)
+                self.load(arguments)  # the dry run spoilt those that the function changes
+                function(*self.arguments)  # lets libraries allocate, which cannot be recorded
+        finally:  # also after an error: what then is let go of must not be in use
+            torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the trial run took would lie beside the graph's own memory
         self._function = function  # keeps the weights alive that the graph reads
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+        # The outer one is left also if the recording cannot be ended, after which the inner one would stay.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self._graph, pool=pool, stream=stream):
             self.results = function(*self.arguments)
 
     def load(self, arguments: Tensors) -> None:
@@ -135,7 +144,7 @@ class Courier:
 
 @dataclass
 class Graphs:
-    """Recorded graphs of a model.
+    """Recorded graphs of a model, for one thread at a time: they read their arguments from fixed places.
 
     Attributes:
         record: on a GPU. False runs everything step by step, with the same results but for rounding.
@@ -199,7 +208,7 @@ class Graphs:
         constants: Tensors,
         count: int,
         label: str,
-        hide_progress: bool | None,
+        progress: bool | None,
         each: Callable[[int, Tensors], None] | None = None,
         first: int = 0,
         tables: Tensors = (),
@@ -209,12 +218,13 @@ class Graphs:
 
         Args:
             kind: names the step and all that is fixed in it, modules by their `id`.
-            step: `step(index, state, constants) -> state`; the index, a tensor `[1]`, counts from `first`.
+            step: `step(index, state, constants) -> state`; the index, a tensor `[1]`, counts from `first`. It returns
+                new tensors, never one of the state in another's place.
             state: what the first step begins with.
             constants: tensors, tables among them.
             count: number of steps.
             label: of the progress bar.
-            hide_progress: as tqdm's `disable`.
+            progress: show a bar; None: on a terminal only.
             each: called after every step with its number and the state, whose tensors the next step may overwrite.
             first: number of the first step.
             tables: those that are too large to be copied for a recording, on the GPU or in pinned host memory; a step
@@ -225,8 +235,9 @@ class Graphs:
             The state after the last step.
         """
         index = torch.full((1,), first, dtype=torch.int64, device=state[0].device)
+        bar = tqdm(range(count), label, disable=None if progress is None else not progress, leave=False)
         if not self._records(state):
-            for i in tqdm(range(count), label, disable=hide_progress, leave=False):
+            for i in bar:
                 rows = [table[first + i].to(index.device, non_blocking=True) for table in tables]
                 state = step(index, state, [*constants, *rows])
                 index = index + 1
@@ -250,7 +261,6 @@ class Graphs:
             graph.load(arguments)
             incoming = Courier(graph.arguments[len(arguments) - len(tables) :], [table[first] for table in tables])
             outgoing = Courier(graph.results[1 : 1 + len(fill)], [table[first] for table in fill])
-            bar = tqdm(range(count), label, disable=hide_progress, leave=False)
             try:
                 for i in bar:
                     if i > 0:  # the first are among the arguments

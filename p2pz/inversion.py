@@ -35,7 +35,7 @@ from p2pz.memory import batches_for
 from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
 from p2pz.recording import Recorder, hooks_in_step
-from p2pz.schedule import authors_inversion_schedule, ddim_step, inversion_schedule
+from p2pz.schedule import authors_inversion_schedule, ddim_step, inversion_schedule, random_numbers, whole_number
 from p2pz.unet import Conditioning
 
 LOWEST_MINI_PSNR = 26.0
@@ -223,14 +223,9 @@ def invert_latents(
     )  # fmt: skip
     graphs, model = model.split(hooks == Hooks())
     graphs.run(
-        kind, step, state, constants, len(schedule), "inverting", hide(progress), each, fill=queries or ()
+        kind, step, state, constants, len(schedule), "inverting", progress, each, fill=queries or ()
     )  # fmt: skip
     return torch.stack(path)
-
-
-def hide(progress: bool | None) -> bool | None:
-    """tqdm's `disable`: None shows the bar on a terminal only."""
-    return None if progress is None else not progress
 
 
 def prepare_pictures(images: Sequence[ImageLike], model: Model, size: int | None = None) -> list[Image.Image]:
@@ -244,9 +239,9 @@ def prepare_pictures(images: Sequence[ImageLike], model: Model, size: int | None
     Raises:
         ValueError: an image cannot be read, or the size is out of range.
     """
-    if size is not None and not 64 <= size <= 1536:
-        raise ValueError(f"size must be from 64 to 1536 pixels, not {size}")
-    native, multiple = size or model.native_size, model.vae.config.downsampling
+    native, multiple = model.native_size, model.vae.config.downsampling
+    if size is not None:
+        native = whole_number("size", size, 64, 1536)
     pictures = [read_image(image) for image in images]
     sizes = [working_size(picture.size, native, multiple) for picture in pictures]
     return [
@@ -311,7 +306,7 @@ def invert_pictures(
     Returns:
         An inversion for each picture.
     """
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = random_numbers(seed)
     images = to_tensor(pictures)
     if settings.sample_posterior:
         state = generator.get_state()  # every image gets the noise it would get alone

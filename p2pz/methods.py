@@ -1,5 +1,5 @@
 """The methods that pix2pix-zero is compared with, called as `p2pz.edit` is: SDEdit, DDIM with a word swap, and
-prompt-to-prompt; and the configurations of the paper's ablation.
+prompt-to-prompt.
 
 They change words of the caption instead of following a direction, so a caption has to contain the words to be changed.
 """
@@ -17,18 +17,19 @@ from PIL import Image
 from torch import Tensor
 
 from p2pz.attention import Attend, Site
+from p2pz.checks import check_finite
 from p2pz.directions import Direction, parse_direction
-from p2pz.editing import EditResult, edit, edit_latents, guided, prompts_for
+from p2pz.editing import EditResult, edit_latents, prompts_for
 from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, to_pictures, to_tensor
-from p2pz.inversion import Inversion, common_steps, hide, invert_pictures, open_images
+from p2pz.inversion import Inversion, common_steps, invert_pictures, open_images
 from p2pz.kernels import attention, edited_attention
 from p2pz.memory import batches_for
 from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
 from p2pz.sampling import sample_latents
-from p2pz.schedule import ddim_step, denoising_schedule
-from p2pz.sentences import source_prompt, with_article
+from p2pz.schedule import ddim_step, denoising_schedule, guided, random_numbers
+from p2pz.sentences import source_prompt, with_article, without_article
 from p2pz.tokens import tokens_of, weigh_tokens
 from p2pz.unet import Conditioning
 
@@ -103,13 +104,14 @@ class _Batch:
 
 def _words(direction: str | Direction) -> tuple[str, str]:
     """The source and the target in words."""
-    if isinstance(direction, str):
-        return parse_direction(direction)
-    if not isinstance(direction, Direction):
+    if not isinstance(direction, (str, Direction)):
         raise ValueError(f'a direction is words such as "cat->dog" or a Direction, not {type(direction).__name__}')
-    if not direction.source or not direction.target:
+    words = parse_direction(direction) if isinstance(direction, str) else (direction.source, direction.target)
+    if not all(words):
         raise ValueError('this method swaps words, and this direction has none: give words such as "cat->dog"')
-    return direction.source, direction.target
+    if without_article(words[0]).casefold() == without_article(words[1]).casefold():
+        raise ValueError(f'a direction from "{words[0]}" to itself changes nothing')
+    return words
 
 
 def _in_batches(
@@ -243,7 +245,7 @@ def sdedit(
                 for item in batch.items
             ]
         )
-        generator = torch.Generator().manual_seed(int(seed))
+        generator = random_numbers(seed)
         noise = torch.randn(image_latents.shape[1:], generator=generator).to(model.device).expand_as(image_latents)
         negative = None
         if batch.settings.guidance != 1:
@@ -280,7 +282,10 @@ def _from_inversions(denoise: Denoise, seed: int, progress: bool | None) -> Call
             for i, inversion in zip(fresh, made, strict=True):
                 inversions[i] = inversion
         noise = torch.stack([inversion.latents for inversion in inversions]).to(model.device)
-        latents = denoise(batch, noise, model.encode_text(batch.prompts), model.encode_text(batch.targets))
+        caption, swapped = model.encode_text(batch.prompts), model.encode_text(batch.targets)
+        latents = denoise(batch, noise, caption, swapped)
+        timestep = denoising_schedule(batch.settings.steps).timesteps[0]
+        check_finite(torch.cat(latents), model, noise, timestep, swapped)
         edited, reconstructions = (to_pictures(model.decode_latents(x)) for x in latents)
         return [
             EditResult(image, reconstruction, inversions[i], batch.prompts[i], batch.quality(i, reconstruction))
@@ -547,7 +552,7 @@ def prompt_to_prompt_latents(
         constants = [shifts[start:end], keys_values, alphas[start:end], guidance]
         constants += [tokens.mapping, tokens.mix, tokens.weights] if sharing[0] else []
         kind = "prompt to prompt", id(model.unet), model.prediction_type, pairs, *sharing
-        state = graphs.run(kind, segment(*sharing), state, constants, end - start, "editing", hide(progress))
+        state = graphs.run(kind, segment(*sharing), state, constants, end - start, "editing", progress)
     return state[0], state[1]
 
 
@@ -600,41 +605,3 @@ def prompt_to_prompt(
     numbers = _numbers(steps, guidance, regularised, settings)
     work = _from_inversions(denoise, seed, progress)
     return _in_batches(img, direction, model, prompt, preset, numbers, 1, batch_size, work)
-
-
-CONFIGURATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "A": (sdedit, {"noise_strength": 1.0, "negative_prompt": None}),
-    "B": (ddim_edit, {}),
-    "C": (ddim_edit, {"regularised": True}),
-    "D": (edit, {"xa_guidance": 0.0}),
-    "E": (edit, {}),
-}
-"""The paper's ablation: method and its options.
-
-A adds noise to the image, up to where an inversion ends (alpha-bar 0.005); B inverts by DDIM instead; C regularises the
-inversion. All three swap words. D takes a direction from sentences instead, and E adds cross-attention guidance. The
-numbers are the preset's: with the bundled model's own, which have no regulariser, B and C are the same.
-
-Source: Parmar et al., "Zero-shot Image-to-Image Translation" (2023), section 4, ablation study."""
-
-
-def run_configuration(
-    name: str, img: ImageLike | Sequence[ImageLike], direction: str | Direction, **options: Any
-) -> EditResult | SDEditResult | list[EditResult] | list[SDEditResult]:
-    """Edit images with a configuration of the paper's ablation.
-
-    Args:
-        name: "A" to "E", see `CONFIGURATIONS`.
-        img, direction: as in `edit` and `ddim_edit`.
-        options: further options of the configuration's method.
-
-    Returns:
-        What the method returns.
-
-    Raises:
-        ValueError: there is no such configuration, or see the methods.
-    """
-    if name not in CONFIGURATIONS:
-        raise ValueError(f"the configuration must be one of {', '.join(CONFIGURATIONS)}, not {name!r}")
-    method, fixed = CONFIGURATIONS[name]
-    return method(img, direction, **(fixed | options))

@@ -283,6 +283,24 @@ class Recorder:
             maps = maps[..., list(self.tokens)]
         return (maps if self.per_head else maps.mean(1)).to(self.dtype)
 
+    def maps_of(
+        self, queries: Sequence[Tensor], keys: dict[str, Tensor], parts: Sequence[Part], index: Tensor
+    ) -> list[Tensor]:
+        """What `watch` leaves of a pass of which only queries and keys are known.
+
+        Args:
+            queries: `[rows, N, H, D]` of each cross-attention layer, in the order of `keys`.
+            keys: `path -> [rows, M, H, D]`.
+            parts: of the batch.
+            index: number of the step, `[1]`.
+        """
+        maps: list[Tensor] = []
+        watch = self.watch(lambda q, *_: q, parts, maps, index)  # nobody wants an output
+        for q, (path, k) in zip(queries, keys.items(), strict=True):
+            if path in self._sites:
+                watch(q, k, k, self._sites[path])
+        return maps
+
     def weave(self, *passes: Sequence[Tensor]) -> list[Tensor]:
         """What `watch` left in several passes of a step, as one pass with all their parts would have left it."""
         layers = len(self._sites)

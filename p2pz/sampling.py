@@ -9,15 +9,17 @@ from PIL import Image
 from torch import Tensor
 
 from p2pz.attention import Attend, Features, Hooks, Part, hooks_of, plain
-from p2pz.editing import guided
+from p2pz.checks import check_finite
 from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import as_list, to_pictures
-from p2pz.inversion import hide
 from p2pz.memory import plan_for
 from p2pz.model import Model, loaded
 from p2pz.recording import Recorder, hooks_in_step
-from p2pz.schedule import ddim_step, denoising_schedule
+from p2pz.schedule import ddim_step, denoising_schedule, guided, random_numbers, whole_number
 from p2pz.unet import Conditioning
+
+LARGEST = 4096
+"""Most pixels of a side."""
 
 
 @torch.no_grad()
@@ -51,6 +53,9 @@ def sample_latents(
     Returns:
         Latents of the images, `[B, 4, h, w]` float32.
 
+    Raises:
+        ValueError: they became infinite or NaN; it says where.
+
     Source: Song et al., "Denoising Diffusion Implicit Models" (2021), equation 12.
     """
     pairs = guidance != 1
@@ -83,7 +88,9 @@ def sample_latents(
     watcher = recorder and recorder.watcher()  # a recorded step must not hold the maps
     kind = "sample", id(model.unet), model.prediction_type, pairs, recorder and recorder.key
     graphs, model = model.split(hooks == Hooks())
-    return graphs.run(kind, step, state, constants, steps - skip, "sampling", hide(progress), each)[0]
+    latents, *_ = graphs.run(kind, step, state, constants, steps - skip, "sampling", progress, each)
+    check_finite(latents, model, noise, timesteps[0], context)
+    return latents
 
 
 @explain_out_of_memory
@@ -124,12 +131,14 @@ def sample(
     """
     model = loaded(model)
     prompts, _ = as_list(prompt, "prompts")
+    seed = whole_number("seed", seed, 0, 2**32 - len(prompts))
     config = model.vae.config
     multiple = config.downsampling
     size = (model.native_size,) * 2 if size is None else size
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or any(s < 8 * multiple or s % multiple for s in size):
+    sides = range(8 * multiple, LARGEST + 1, multiple)
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(side in sides for side in size):
         raise ValueError(
-            f"size must be a width and a height of at least {8 * multiple} and multiples of {multiple}, not {size}"
+            f"size must be a width and a height from {sides[0]} to {LARGEST} and multiples of {multiple}, not {size}"
         )
     width, height = size
     guidance = (2.0 if model.is_mini else 7.5) if guidance is None else guidance
@@ -137,9 +146,7 @@ def sample(
         raise ValueError(f"guidance must be zero or more, not {guidance}")
     plan = plan_for(model, (height, width), len(prompts), rows=1 + (guidance != 1))
     shape = (config.latent_channels, height // multiple, width // multiple)
-    noise = torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed) + i)) for i in range(len(prompts))]
-    )
+    noise = torch.stack([torch.randn(shape, generator=random_numbers(seed + i)) for i in range(len(prompts))])
     context = model.encode_text(prompts)
     negative = model.encode_negative([negative_prompt]).expand_as(context)
     model = plan.apply(model)

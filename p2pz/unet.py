@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from p2pz.attention import Attend, Features, Hooks, Site, attend, hooks_of
+from p2pz.attention import Attend, Features, Hooks, Site, hooks_of, plain
 from p2pz.kernels import add_residual, geglu, layer_norm
 from p2pz.layers import (
     Downsample,
@@ -212,7 +212,8 @@ class Conditioning(NamedTuple):
     """All that a forward pass takes besides latents; constant during a run, so computed once, by `UNet.condition`.
 
     Attributes:
-        shifts: of all residual blocks, side by side, `[B, S]` or, for the whole batch, `[S]`.
+        shifts: of all residual blocks, side by side, `[B, S]` or, for the whole batch, `[S]`. Those of a run with T
+            timesteps, which `UNet.condition` returns, are `[T, B, S]` or `[T, S]`: a forward pass takes one row.
         keys_values: keys and values of all cross-attention layers, side by side, `[B, M, W]`.
     """
 
@@ -581,7 +582,7 @@ class UNet(nn.Module):
         latents: Tensor,
         timesteps: Tensor,
         context: Tensor,
-        attend: Attend | Hooks = attend,
+        attend: Attend | Hooks = plain,
         image_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Predict the noise.
@@ -600,7 +601,7 @@ class UNet(nn.Module):
         return self.predict(latents, conditioning.one_each(), attend)
 
     def predict(
-        self, latents: Tensor, conditioning: Conditioning, attend: Attend | Hooks = attend, checkpoint: bool = False
+        self, latents: Tensor, conditioning: Conditioning, attend: Attend | Hooks = plain, checkpoint: bool = False
     ) -> Tensor:
         """The same with timesteps and context as `condition` leaves them.
 

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from p2pz.attention import attend, guide_cross_attention, keep_queries_and_keys, record_cross_attention
+from p2pz.attention import guide_cross_attention, keep_queries_and_keys, plain, record_cross_attention
 from p2pz.kernels import cross_attention, gating, map_guidance, norms, self_attention
 from p2pz.kernels.cross_attention import attend_with_probabilities, attention_probabilities
 from p2pz.kernels.self_attention import attention
@@ -77,7 +77,7 @@ def test_every_site_is_visited_once(name, size, unet_pair):
 
     def note(q, k, v, site):
         calls.append((site, q.shape, k.shape, v.shape))
-        return attend(q, k, v, site)
+        return plain(q, k, v, site)
 
     latents, timesteps, context = inputs(unet, size=size)
     unet(latents, timesteps, context, attend=note)
@@ -101,7 +101,7 @@ def test_every_site_is_visited_once(name, size, unet_pair):
 def test_explicit_default_is_the_default(unet_pair):
     unet, _ = unet_pair("sd1")
     args = inputs(unet)
-    assert torch.equal(unet(*args), unet(*args, attend=attend))
+    assert torch.equal(unet(*args), unet(*args, attend=plain))
 
 
 def test_own_function_decides_the_output(unet_pair, assert_close):

@@ -1,6 +1,7 @@
 """The quality benchmark measures what it says, and the recipe runs."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,17 @@ def test_tuning_comparison_and_ablation_write_their_pages(model, tmp_path, monke
     quality.main([*common, "--ablate"])
     ablation = json.loads((tmp_path / "quality_ablation.json").read_text())["tasks"]["cat->dog"]
     assert set(ablation) == {"one step", "two"}
+
+
+def test_the_example_of_a_method_of_ones_own_runs(model):
+    """In bench/README.md."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "bench" / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    names = vars(quality) | {"METHODS": {}}
+    exec(code, names)
+    method = names["METHODS"]["mine"]
+    run = quality.TaskRun(model, "cat->dog", "tuning", 1)
+    runs = [run.edit(method, setting)[0] for setting in method.settings("cat->dog")]
+    assert len({picture.tobytes() for picture in runs}) == 3
 
 
 def test_the_most_faithful_of_the_accurate_settings_is_chosen(tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 import p2pz
 from p2pz import editing, engine, memory
-from p2pz.engine import MOST_GRAPHS, Courier, CudaGraph, Graphs, row
+from p2pz.engine import MOST_GRAPHS, Courier, CudaGraph, Graphs, fixed_places, row
 from p2pz.images import psnr
 from p2pz.sampling import sample_latents
 from p2pz.weights import MINI_FOLDER, mini_world
@@ -23,7 +23,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def step(index, state, constants):
     """Reads a row of a table, and swaps and changes its state."""
     (a, b), (table, scale) = state, constants
-    return b, a * scale + row(table, index)
+    return b.clone(), a * scale + row(table, index)
 
 
 def expected(a, b, table, scale, count):
@@ -39,7 +39,7 @@ def test_run(device, record):
         torch.manual_seed(seed)
         a, b, table, scale = (torch.randn(shape, device=device) for shape in ((3, 2), (3, 2), (7, 3, 2), ()))
         for count in (1, 5):
-            done = graphs.run("test", step, [a, b], [table, scale], count, "testing", True)
+            done = graphs.run("test", step, [a, b], [table, scale], count, "testing", False)
             for result, wanted in zip(done, expected(a, b, table, scale, count), strict=True):
                 assert torch.equal(result, wanted)
         assert torch.equal(graphs.call("sum", lambda a, b: [a + b], [a, b])[0], a + b)
@@ -56,7 +56,7 @@ def test_run_reads_large_tables_row_by_row(device, record):
     for scale in (0.5, 2.0):
         for first, count in ((0, 6), (2, 3)):
             state, scales = torch.ones(3, device=device), torch.tensor(scale, device=device)
-            done = graphs.run("add", add, [state], [scales], count, "testing", True, first=first, tables=tables)[0]
+            done = graphs.run("add", add, [state], [scales], count, "testing", False, first=first, tables=tables)[0]
             for i in range(first, first + count):
                 state = state * scale + tables[0][i] + 2 * tables[1][i]
             assert torch.allclose(done, state)
@@ -172,8 +172,8 @@ class Rehearsal:
     """Stands in for `CudaGraph` on the CPU: a replay calls the function on the fixed places of its arguments."""
 
     def __init__(self, function, arguments, pool):
-        self.function, self.arguments = function, [tensor.clone() for tensor in arguments]
-        self.results = list(function(*self.arguments))
+        self.function, self.arguments = function, fixed_places(arguments)
+        self.results = fixed_places(function(*self.arguments))
 
     load = CudaGraph.load
 
@@ -183,13 +183,18 @@ class Rehearsal:
         return self.results
 
 
-@pytest.mark.parametrize("preset", ["p2pz", "diffusers"])
-def test_recorded_work_rehearsed(preset, monkeypatch):
-    """All but the GPU's part in it: results are those of the steps one by one, also the second time."""
+@pytest.fixture
+def rehearsal(monkeypatch):
+    """Graphs record on the CPU."""
     without_streams(monkeypatch)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(engine, "CudaGraph", Rehearsal)
     monkeypatch.setattr(Graphs, "_records", lambda self, arguments: self.record)
+
+
+@pytest.mark.parametrize("preset", ["p2pz", "diffusers"])
+def test_recorded_work_rehearsed(preset, rehearsal):
+    """All but the GPU's part in it: results are those of the steps one by one, also the second time."""
     model = p2pz.load(MINI_FOLDER, device="cpu")
     pictures, outcomes = [mini_world.render(mini_world.task_pair("cat->dog", i)[0]) for i in range(2)], []
     options = {"prompt": "a cat", "steps": 2, "preset": preset, "progress": False}
@@ -201,6 +206,16 @@ def test_recorded_work_rehearsed(preset, monkeypatch):
     assert len(worker.graphs.graphs) >= 4
     for one_by_one, rehearsed in zip(outcomes[:2], outcomes[2:], strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(one_by_one, rehearsed, strict=True))
+
+
+def test_what_inference_mode_recorded_serves_outside_as_well(rehearsal):
+    picture, settings = mini_world.render(mini_world.task_pair("cat->dog", 0)[0]), {"prompt": "a cat", "steps": 1}
+    with torch.inference_mode():
+        model = replace(p2pz.load(MINI_FOLDER, device="cpu"), graphs=Graphs())
+        p2pz.invert(picture, model=model, progress=False, **settings)
+    count = len(model.graphs.graphs)
+    result = p2pz.edit(picture, "cat->dog", model=model, progress=False, **settings)
+    assert count and np.isfinite(np.asarray(result.image)).all()
 
 
 @pytest.mark.parametrize("near", [True, False])

@@ -12,18 +12,15 @@ from p2pz.images import psnr
 from p2pz.inversion import Inversion
 from p2pz.kernels import attend_with_probabilities, attention, attention_probabilities
 from p2pz.methods import (
-    CONFIGURATIONS,
     align_tokens,
     common_tokens,
     ddim_edit,
     prompt_to_prompt,
-    run_configuration,
     sdedit,
     share_attention,
     swap_words,
     token_edit,
 )
-from p2pz.presets import MINI_SETTINGS
 from p2pz.tokens import tokens_of, weigh_tokens
 from p2pz.unet import UNet
 from p2pz.weights import MINI_FOLDER, mini_world
@@ -306,23 +303,6 @@ def test_regularised_inversion(model, pictures):
     assert not torch.equal(runs[0].latents, runs[1].latents)
 
 
-def test_configurations_are_their_methods(model, inversion):
-    options = {"model": model, "guidance": 2.0, "progress": False}
-    words = p2pz.direction("cat", "dog", sentences=(["a cat", PROMPT], ["a dog", "a photo of a dog"]), model=model)
-    results = {name: run_configuration(name, inversion, words, **options).image for name in CONFIGURATIONS}
-    expected = {
-        "A": sdedit(inversion, words, noise_strength=1, negative_prompt=PROMPT, **options),
-        "B": ddim_edit(inversion, words, **options),
-        "C": ddim_edit(inversion, words, regularised=True, **options),
-        "D": p2pz.edit(inversion, words, xa_guidance=0.0, **options),
-        "E": p2pz.edit(inversion, words, **options),
-    }
-    assert results.keys() == expected.keys() and MINI_SETTINGS.xa_guidance > 0
-    for name, image in results.items():
-        assert np.array_equal(image, expected[name].image), name
-    assert len({np.asarray(image).tobytes() for image in results.values()}) == 4  # B is C from an inversion
-
-
 def test_directions_that_know_their_words(model, inversion):
     options = {"model": model, "progress": False}
     made = Direction(torch.zeros(77, 128), "cat", "dog", (1, 1), model.text_fingerprint)
@@ -376,8 +356,3 @@ def test_bad_input(model, pictures, inversion, method):
 def test_bad_options(model, inversion, method, options, message):
     with pytest.raises(ValueError, match=message):
         method(inversion, "cat->dog", model=model, progress=False, **options)
-
-
-def test_unknown_configuration(inversion):
-    with pytest.raises(ValueError, match="one of A, B, C, D, E, not 'F'"):
-        run_configuration("F", inversion, "cat->dog")
