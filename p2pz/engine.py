@@ -6,6 +6,7 @@ among the constants, whose row `index` a step reads, so that nothing has to come
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -188,8 +189,17 @@ class Graphs:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             while len(self.graphs) >= MOST_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]
-            self.graphs[key] = CudaGraph(function, arguments, self.pool)
+            self.graphs[key] = self._record(function, arguments)
         return self.graphs[key]
+
+    def _record(self, function: Callable[..., Tensors], arguments: Tensors) -> CudaGraph:
+        """A recording. If memory runs out, all others make room: they are of images of other sizes."""
+        if self.graphs:
+            with contextlib.suppress(torch.OutOfMemoryError):  # and out of it, for it holds the tensors of what failed
+                return CudaGraph(function, arguments, self.pool)
+            self.clear()
+            self.pool = torch.cuda.graph_pool_handle()
+        return CudaGraph(function, arguments, self.pool)
 
     def call(self, kind: Hashable, function: Callable[..., Tensors], arguments: Tensors) -> Tensors:
         """`function(*arguments)`, as a graph if the arguments are on a GPU."""

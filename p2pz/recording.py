@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Hashable, Sequence
@@ -238,11 +239,15 @@ class Recorder:
                 "layers, tokens or steps, or allow more"
             )
         self._device = latents.device
-        place = {"device": "cpu", "pin_memory": latents.is_cuda} if self.host else {"device": latents.device}
-        self._tables = {
-            name: torch.empty(len(steps), *shape, dtype=self.dtype, **place) for name, shape in shapes.items()
-        }
+        self._tables = {name: self._table(len(steps), *shape) for name, shape in shapes.items()}
         return [latents.new_zeros(shape, dtype=self.dtype) for shape in shapes.values()]
+
+    def _table(self, *shape: int) -> Tensor:
+        """Memory for maps; on the host pinned, so that copies do not wait, if the host has so much of it."""
+        pinned = self.host and self._device.type == "cuda"
+        with contextlib.suppress(RuntimeError) if pinned else contextlib.nullcontext():
+            return torch.empty(shape, dtype=self.dtype, device="cpu" if self.host else self._device, pin_memory=pinned)
+        return torch.empty(shape, dtype=self.dtype)
 
     def watch(self, attend: Attend, parts: Sequence[Part], maps: list[Tensor], index: Tensor | None = None) -> Attend:
         """An `attend` that also leaves the maps of the wanted layers and parts.
@@ -339,7 +344,7 @@ class Recorder:
             prompts: their captions.
             rows: which row of each branch is a result's.
         """
-        if any(table.is_pinned() for table in self._tables.values()):
+        if self._device.type == "cuda":  # copies to the host may be on their way
             torch.cuda.synchronize(self._device)
         for place, prompt, own in zip(places, prompts, rows, strict=True):
             maps: dict[tuple[str, str], dict[str, Tensor]] = {}

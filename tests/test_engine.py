@@ -208,6 +208,25 @@ def test_recorded_work_rehearsed(preset, rehearsal):
         assert all(np.array_equal(x, y) for x, y in zip(one_by_one, rehearsed, strict=True))
 
 
+def test_old_recordings_make_room_when_memory_runs_out(rehearsal, monkeypatch):
+    graphs, tried = Graphs(), []
+
+    class Tight(Rehearsal):
+        def __init__(self, function, arguments, pool):
+            tried.append(len(graphs.graphs))
+            if tried[-1] == 2 or arguments[0].numel() > 9:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(function, arguments, pool)
+
+    monkeypatch.setattr(engine, "CudaGraph", Tight)
+    for size in (1, 2, 3):
+        assert graphs.call("double", lambda x: [2 * x], [torch.ones(size)])[0].sum() == 2 * size
+    assert tried == [0, 1, 2, 0] and len(graphs.graphs) == 1
+    with pytest.raises(torch.OutOfMemoryError):  # there is nothing left to let go of
+        graphs.call("double", lambda x: [2 * x], [torch.ones(10)])
+    assert tried[4:] == [1, 0] and not graphs.graphs
+
+
 def test_what_inference_mode_recorded_serves_outside_as_well(rehearsal):
     picture, settings = mini_world.render(mini_world.task_pair("cat->dog", 0)[0]), {"prompt": "a cat", "steps": 1}
     with torch.inference_mode():

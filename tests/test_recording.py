@@ -497,3 +497,17 @@ def test_recording_leaves_an_edit_on_a_gpu_alone(assert_close):
     options = {"model": model, "prompt": "a photo of a cat", "steps": 4, "progress": False}
     images = [p2pz.edit(picture, "cat->dog", record=record, **options).image for record in (None, p2pz.record())]
     assert p2pz.images.psnr(*images) > 50
+
+
+def test_maps_lie_in_pageable_memory_if_the_host_has_none_to_pin(monkeypatch):
+    recorder, empty = p2pz.record(), torch.empty
+    recorder._device = torch.device("cuda")
+
+    def refuse(*shape, pin_memory=False, **options):
+        if pin_memory:
+            raise RuntimeError("cudaHostAlloc failed")
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    table = recorder._table(2, 3)
+    assert (table.shape, table.dtype, table.device.type) == ((2, 3), torch.float16, "cpu")
