@@ -293,7 +293,7 @@ def _tiles(kernel: str, q: Tensor) -> tuple[int, int, int, int]:
     """Tile sizes, warps and stages; a third stage of heads of more than 64 does not fit into every GPU."""
     table = _FLOAT32_TILES if q.dtype == torch.float32 else _TILES[kernel]
     *tile, stages = next(tiles for width, tiles in table.items() if q.shape[-1] <= width)
-    return *tile, min(stages, 2) if has_little_shared_memory(q) else stages
+    return *tile, min(stages, 2) if q.shape[-1] > 64 and has_little_shared_memory(q) else stages
 
 
 def _parts(q: Tensor) -> dict[str, int]:

@@ -167,6 +167,10 @@ def sample_command(args: argparse.Namespace) -> int:
     """`p2pz sample`: one picture to a file, or several to a folder."""
     _check_settings(args)
     prompts = [prompt for prompt in args.prompts for _ in range(args.count)]
+    if args.seed + len(prompts) > 2**32:
+        raise ValueError(
+            f"the last of {len(prompts)} pictures would have a seed above {2**32 - 1}: give a smaller --seed"
+        )
     names = [f"{_file_words(prompt) or 'sample'}_{args.seed + i}.png" for i, prompt in enumerate(prompts)]
     outputs, folder = _outputs(names, args.out, len(names) > 1)
     model: Model | None = None

@@ -182,7 +182,7 @@ class Direction:
         if self.text_fingerprint != model.text_fingerprint:
             raise ValueError(
                 f"this direction was made with another text encoder ({self.text_fingerprint}) than the model's "
-                f"({model.text_fingerprint}): make it again with direction(..., model=model)"
+                f"({model.text_fingerprint}), or by an earlier p2pz: make it again with direction(..., model=model)"
             )
         rows, width = model.text_shape
         if self.states.shape != (rows, width) or self.states.dtype not in FLOATS or not self.states.isfinite().all():

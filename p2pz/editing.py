@@ -207,7 +207,7 @@ def _denoise(model: Model, inputs: Tensor, prediction: Tensor, alphas: Tensor, g
     return ddim_step(inputs[: len(noise)], noise, *alphas)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Steps:
     """The steps of an edit, functions on tensors. Recorded, they outlive it: so they hold no tensors of images.
 
@@ -318,10 +318,11 @@ class _Steps:
         elif self.watcher:
             keys = self.model.unet.keys(keys_values[self.edit_rows :])
             seen = self.watcher.maps_of(queries, keys, self.reference_parts, index)
-        moved = _halves(latents, self.pairs)
-        if guiding:
-            moved = self.guide(latents, queries, conditioning, scales[1], weights, index)
-
+        moved = (
+            self.guide(latents, queries, conditioning, scales[1], weights, index)
+            if guiding
+            else _halves(latents, self.pairs)
+        )
         maps: list[Tensor] = []
         hooks = self.told(self.edit_parts, index, maps)
         prediction = self.model.predict(moved, conditioning.of(slice(self.edit_rows)), hooks)
@@ -339,7 +340,7 @@ class _Steps:
     def behind_reference(self, guiding: bool, index: Tensor, state: Tensors, constants: Tensors) -> Tensors:
         """Edits, and the next step of the reference, in one batch."""
         (latents, reference, *before), (shifts, keys_values, alphas, scales, *rest) = state, constants
-        weights, edits = rest[0] if self.weighs else None, slice(self.edit_rows)
+        weights, own, others = rest[0] if self.weighs else None, slice(self.edit_rows), slice(self.edit_rows, None)
         moved = _halves(latents, self.pairs)
         if guiding:
             conditioning = Conditioning(row(shifts, index), keys_values)
@@ -351,16 +352,12 @@ class _Steps:
         hooks = hooks._replace(attend=keep_queries_and_keys(kept, hooks.attend))
         inputs = torch.cat([moved, _halves(reference, self.reference_pairs)])
         now, later = (row(shifts, i).expand(len(inputs), -1) for i in (index, index + 1))
-        shifts = torch.cat([now[edits], later[self.edit_rows :]])
+        shifts = torch.cat([now[own], later[others]])
         prediction = self.model.predict(inputs, Conditioning(shifts, keys_values), hooks)
-        latents, reference = (
-            _denoise(self.model, inputs[rows], prediction[rows], row(alphas, i), scales[0], pairs)
-            for rows, i, pairs in (
-                (edits, index, self.pairs),
-                (slice(self.edit_rows, None), index + 1, self.reference_pairs),
-            )
-        )
-        queries = [q[self.edit_rows :] for q, _ in kept.values()] if self.layers else []
+        now, later = row(alphas, index), row(alphas, index + 1)
+        latents = _denoise(self.model, inputs[own], prediction[own], now, scales[0], self.pairs)
+        reference = _denoise(self.model, inputs[others], prediction[others], later, scales[0], self.reference_pairs)
+        queries = [q[others] for q, _ in kept.values()] if self.layers else []
         return [latents, reference, *queries, *maps]
 
 
@@ -457,8 +454,12 @@ def edit_latents(
             recorder.take(0, steps.reference_parts, left[steps.layers :])
         step, state = steps.behind_reference, [latents, reference, *left[: steps.layers], *empty_maps]
     backwards = [table.unbind()[::-1] for table in queries or ()]
-    begin, end = guided_range(settings).start, guided_range(settings).stop
-    for first_step, last_step, guiding in ((0, begin, False), (begin, end, True), (end, settings.steps, False)):
+    span = guided_range(settings)
+    for first_step, last_step, guiding in (
+        (0, span.start, False),
+        (span.start, span.stop, True),
+        (span.stop, settings.steps, False),
+    ):
         if first_step < last_step:
             state = graphs.run(
                 (*kind, guiding), partial(step, guiding), state, constants, last_step - first_step, "editing", progress,

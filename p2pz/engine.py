@@ -193,7 +193,7 @@ class Graphs:
         return self.graphs[key]
 
     def _record(self, function: Callable[..., Tensors], arguments: Tensors) -> CudaGraph:
-        """A recording. If memory runs out, all others make room: they are of images of other sizes."""
+        """A recording. If memory runs out, all others make room; those still wanted are recorded again."""
         if self.graphs:
             with contextlib.suppress(torch.OutOfMemoryError):  # and out of it, for it holds the tensors of what failed
                 return CudaGraph(function, arguments, self.pool)

@@ -93,7 +93,8 @@ def _open(path: Path) -> Image.Image:
         raise ValueError(f"image {path} does not exist") from None
     except UnidentifiedImageError:
         raise ValueError(
-            f"image {path} cannot be read: it is no picture of a known format; convert it to JPEG or PNG first"
+            f"image {path} cannot be read: it is damaged or of an unknown format; "
+            "save it as JPEG or PNG with another program"
         ) from None
     except Image.DecompressionBombError as error:
         numbers, *_ = str(error).split(",")  # behind the comma PIL speaks of an attack

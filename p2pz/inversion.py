@@ -116,7 +116,9 @@ class Inversion:
     def check_fits(self, model: Model) -> None:
         """Raise ValueError if the inversion was made with another model, or its picture is of another size."""
         if self.fingerprint != model.fingerprint:
-            raise ValueError("this inversion was made with another model: invert the image again with this one")
+            raise ValueError(
+                "this inversion was made with another model or by an earlier p2pz: invert the image again with this one"
+            )
         height, width = self.image_size(model)
         if self.picture is not None and self.picture.size != (width, height):
             raise ValueError(

@@ -208,15 +208,20 @@ class Model:
 
         with self.at_work(self.vae) as graphs:
             results = run(graphs, self.vae)
-            if self.vae.quant_conv.weight.dtype != torch.float32 and not _finite(results):
+            if _finite(results):
+                return results
+            if self.vae.quant_conv.weight.dtype != torch.float32:
                 warnings.warn(
                     f"the VAE of {self.folder} overflows in {self.vae.quant_conv.weight.dtype}, so it works in float32",
                     stacklevel=2,
                 )
                 results = run(Graphs(record=False), copy.deepcopy(self.vae).float())
-        if not _finite(results):
-            raise ValueError(f"the VAE of {self.folder} {way}s to infinite or NaN numbers: its file is damaged")
-        return results
+        if _finite(results):
+            return results
+        raise ValueError(
+            f"the VAE of {self.folder} {way}s to infinite or NaN numbers: its file is damaged, or a strength or a "
+            "guidance is too large"
+        )
 
     @torch.no_grad()
     def condition(self, timesteps: Tensor, context: Tensor, size: tuple[int, int] | None = None) -> Conditioning:

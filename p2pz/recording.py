@@ -344,7 +344,7 @@ class Recorder:
             prompts: their captions.
             rows: which row of each branch is a result's.
         """
-        if self._device.type == "cuda":  # copies to the host may be on their way
+        if self.host and self._device.type == "cuda":  # copies to the host may be on their way
             torch.cuda.synchronize(self._device)
         for place, prompt, own in zip(places, prompts, rows, strict=True):
             maps: dict[tuple[str, str], dict[str, Tensor]] = {}

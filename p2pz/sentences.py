@@ -42,7 +42,7 @@ _PLURAL = re.compile(
 _SINGULAR = re.compile(
     ".*(ss|sis|polis|ceratops|cyclops|['’]s)|(?!(em|gn|gur|haik|hind|kud|men|tut|zeb|zul|bayo|caribo|.*ea)us).*us|"
     "canvas|atlas|bias|gas|christmas|axis|cannabis|chrysalis|clematis|ibis|iris|mantis|trellis|lens|cosmos|rhinoceros|"
-    "thermos|series|species|abdomen|cyclamen|omen|specimen|stamen"
+    "thermos|series|species|abdomen|cyclamen|albumen|bitumen|dolmen|lumen|omen|regimen|semen|specimen|stamen|yemen"
 )
 _UNCOUNTABLE = re.compile(
     "snow|water|rain|fire|smoke|fog|mist|ice|sand|grass|mud|hair|fur|food|bread|rice|furniture|jewell?e?ry|clothing|"
@@ -64,10 +64,10 @@ _KIND = re.compile(
 # letter where the first word is spelled: "an F1 car", "an MRI scan", "an X-ray", but "a UFO", "a U-boat".
 _VOWEL = re.compile(
     r"(?!eu|ewe|onc?e\b|ones|oaxac|ouija|u[ckrst][aeiou]|u(fo|k|sa?|sb|v)\b|ubiq|uganda|ukr|unanim|uni[bcfloqpstvx])"
-    r"[aeiou8]|(11|18)(?!\d)|hour|honest|honou?r|heir|(fbi|mri|suv)\b",
+    r"[aeiou8]|(11|18)(?!\d)|hour|honest|honou?r|heir|(fbi|led|mri|nba|suv)\b",
     re.IGNORECASE,
 )
-_SPELLED = re.compile(r"([A-Z]{2,3}|[B-DF-HJ-NP-TV-Z]{2,}|[A-Za-z])(?![^\W\d_])")
+_SPELLED = re.compile(r"([B-DF-HJ-NP-TV-Z]{2,}|[A-Za-z])(?![^\W\d_])")
 _VOWEL_LETTER = re.compile("[aefhilmnorsx]", re.IGNORECASE)
 
 

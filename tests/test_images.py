@@ -265,10 +265,13 @@ def broken_files(path):
 ERRORS = [
     ("missing.png", "missing.png does not exist"),
     ("truncated.png", "truncated.png cannot be read"),
-    ("text.png", "text.png cannot be read: it is no picture of a known format; convert it to JPEG or PNG first$"),
-    ("empty.png", "empty.png cannot be read: it is no picture"),
-    ("phone.heic", "phone.heic cannot be read: .*; convert it to JPEG or PNG first$"),
-    ("camera.cr2", "camera.cr2 cannot be read: .*; convert it to JPEG or PNG first$"),
+    (
+        "text.png",
+        "text.png cannot be read: it is damaged or of an unknown format; save it as JPEG or PNG with another program$",
+    ),
+    ("empty.png", "empty.png cannot be read: it is damaged or"),
+    ("phone.heic", "phone.heic cannot be read: .*; save it as JPEG or PNG with"),
+    ("camera.cr2", "camera.cr2 cannot be read: .*; save it as JPEG or PNG with"),
     ("small.png", "small.png has 15 x 15 pixels and cannot be edited"),
     (".", "cannot be read: is a directory$"),
     (np.zeros((1, 1, 3), np.uint8), "1 x 1 pixels"),

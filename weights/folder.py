@@ -51,7 +51,8 @@ def open_folder(folder: Path) -> Checkpoint:
     check_parts(names, folder)
     single = sorted(name for name in names if name.endswith(".safetensors"))
     if single and "unet" not in names:
-        check_tensors(read_tensors(folder / single[0]).keys(), folder / single[0])
+        if len(single) == 1:
+            check_tensors(read_tensors(folder / single[0]).keys(), folder / single[0])
         raise CheckpointError(f"{folder} has no unet folder; to load a single file, give {folder / single[0]}")
     unet = read_json(folder / "unet/config.json")
     check_config(unet, folder)

@@ -34,7 +34,7 @@ TENSORS: tuple[tuple[str, str, str], ...] = (  # pattern of a name that only it 
 )
 CLASSES: tuple[tuple[str, str], ...] = (  # pattern of the class that a folder's files name, and what it looks like
     (r"StableVideoDiffusion\w*|UNetSpatioTemporal\w*", "Stable Video Diffusion"),
-    (r"TextToVideo\w*|AnimateDiff\w*|UNet3D\w*|UNetMotion\w*", "a model of videos"),
+    (r"TextToVideo(?!Zero)\w*|AnimateDiff\w*|UNet3D\w*|UNetMotion\w*", "a model of videos"),
     (r"StableDiffusionLatentUpscale\w*", "an upscaler of latents"),
     (r"AudioLDM\w*|MusicLDM\w*", "AudioLDM or MusicLDM, models of sound"),
     (r"StableUnCLIP\w*|UnCLIP\w*", "Stable Diffusion unCLIP"),

@@ -85,7 +85,7 @@ def needed_files(names: Collection[str], repository: str) -> list[str]:
         inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
         chosen = choose_tensors(inside)
         if chosen is None:
-            single = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+            single = [name for name in sorted(names) if "/" not in name and name.endswith(".safetensors")]
             advice = f"; download one of {', '.join(single)} and give that file" if single else ""
             raise CheckpointError(f"{repository} on the hub has no {part} as safetensors{advice}")
         files.append(f"{part}/{chosen}")

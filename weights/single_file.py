@@ -233,7 +233,7 @@ def open_single_file(path: Path) -> Checkpoint:
         warnings.warn(
             f"{path} holds {len(others)} tensors that are no part of a Stable Diffusion and are left out: "
             f"{', '.join(printable(name) for name in others[:5])}",
-            stacklevel=5,
+            stacklevel=6,
         )
 
     family = XL if is_xl else SD2 if "token_embedding.weight" in parts["text_encoder"] else SD1
