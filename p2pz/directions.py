@@ -322,8 +322,7 @@ def direction(
     if sentences is None and embeddings is None:
         if not source or not target:
             raise ValueError('a direction needs two concepts, such as direction("cat", "dog")')
-        if without_article(source).casefold() == without_article(target).casefold():
-            raise ValueError(f'a direction from "{source}" to itself changes nothing')
+        check_words_differ(source, target)
     elif sentences is not None:
         sentences = [read_sentences(side, name) for side, name in zip(sentences, ("source", "target"), strict=True)]
     model = loaded(model)
@@ -366,6 +365,12 @@ def direction(
         _version(),
         report=report,
     )
+
+
+def check_words_differ(source: str, target: str) -> None:
+    """Raise ValueError if two concepts are one but for its article and capitals."""
+    if without_article(source).casefold() == without_article(target).casefold():
+        raise ValueError(f'a direction from "{source}" to itself changes nothing')
 
 
 def parse_direction(words: str) -> tuple[str, str]:

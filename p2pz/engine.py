@@ -186,7 +186,6 @@ class Graphs:
         key = kind, tuple((tensor.shape, tensor.dtype) for tensor in arguments)
         if key not in self.graphs:
             self._make_room(arguments[0].device)
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
             while len(self.graphs) >= MOST_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]
             self.graphs[key] = self._record(function, arguments)
@@ -198,7 +197,7 @@ class Graphs:
             with contextlib.suppress(torch.OutOfMemoryError):  # and out of it, for it holds the tensors of what failed
                 return CudaGraph(function, arguments, self.pool)
             self.clear()
-            self.pool = torch.cuda.graph_pool_handle()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         return CudaGraph(function, arguments, self.pool)
 
     def call(self, kind: Hashable, function: Callable[..., Tensors], arguments: Tensors) -> Tensors:

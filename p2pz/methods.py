@@ -18,7 +18,7 @@ from torch import Tensor
 
 from p2pz.attention import Attend, Site
 from p2pz.checks import check_finite
-from p2pz.directions import Direction, parse_direction
+from p2pz.directions import Direction, check_words_differ, parse_direction
 from p2pz.editing import EditResult, edit_latents, prompts_for
 from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, to_pictures, to_tensor
@@ -29,7 +29,7 @@ from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
 from p2pz.sampling import sample_latents
 from p2pz.schedule import ddim_step, denoising_schedule, guided, random_numbers
-from p2pz.sentences import source_prompt, with_article, without_article
+from p2pz.sentences import source_prompt, with_article
 from p2pz.tokens import tokens_of, weigh_tokens
 from p2pz.unet import Conditioning
 
@@ -109,8 +109,7 @@ def _words(direction: str | Direction) -> tuple[str, str]:
     words = parse_direction(direction) if isinstance(direction, str) else (direction.source, direction.target)
     if not all(words):
         raise ValueError('this method swaps words, and this direction has none: give words such as "cat->dog"')
-    if without_article(words[0]).casefold() == without_article(words[1]).casefold():
-        raise ValueError(f'a direction from "{words[0]}" to itself changes nothing')
+    check_words_differ(*words)
     return words
 
 
