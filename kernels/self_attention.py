@@ -10,6 +10,7 @@ each, so that the sums have a fixed order and need no atomics.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from p2pz.kernels.cross_attention import short_attention
 from p2pz.kernels.dispatch import (
@@ -30,11 +31,34 @@ from p2pz.kernels.tiles import dot, load_rows, store_rows
 FEW_KEYS = 128
 """Up to so many keys, if there are more queries, one tile holds them all and the softmax needs a single pass."""
 
+CUDNN_WINS = {40: 1024, 64: 9216, 80: 1024}
+"""Head size: positions from which on cuDNN's forward kernel was faster on an H200 (bench/results/kernels.md)."""
+
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attention` by PyTorch's own fused function."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
+
+
+def cudnn_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention_by_cudnn` is to serve: where it was measured, and where no gradient is wanted.
+
+    Its backward kernel never gave the same gradient twice there.
+    """
+    positions = CUDNN_WINS.get(q.shape[3])
+    if positions is None or min(q.shape[1], k.shape[1]) < positions or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
+        return False
+    return all(x.is_cuda for x in (q, k, v)) and torch.cuda.get_device_capability(q.device) == (9, 0)
+
+
+def attention_by_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention` by cuDNN or, in a build of PyTorch without it, by another of PyTorch's fused kernels."""
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(backends, set_priority=True):
+        return attention_reference(q, k, v)
 
 
 @triton.jit
@@ -399,7 +423,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
         k: keys, `[B, M, H, D]`, dtype of `q`.
         v: values, `[B, M, H, D]`, dtype of `q`.
         backend: `"torch"`, `"triton"` (CUDA; float16, bfloat16 or float32; D up to 256), or `"auto"`: Triton where it
-            can, else torch.
+            can, else torch; without a gradient, cuDNN's kernel where that is faster.
 
     Returns:
         `[B, N, H, D]`, dtype of `q`.
@@ -410,6 +434,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
     Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1.
     """
     check_attention(q, k=k, v=v)
+    if backend == "auto" and cudnn_is_faster(q, k, v):
+        return attention_by_cudnn(q, k, v)
     if choose_triton(backend, too_large(q.shape[3]), q, k, v):
         if k.shape[1] <= FEW_KEYS and k.shape[1] < q.shape[1]:
             return short_attention(q, k, v)

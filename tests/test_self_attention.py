@@ -188,6 +188,57 @@ def test_cpu_tensors_take_the_reference(monkeypatch):
         attention(q, k, v, backend="triton")
 
 
+class OnAGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("why_not", "faster"), [
+    ("", True), ("head size", False), ("positions", False), ("keys", False), ("dtype", False), ("device", False),
+    ("gradient", False), ("generation", False),
+])  # fmt: skip
+def test_cudnn_serves_where_it_was_measured_to_be_faster(why_not, faster, monkeypatch):
+    generation = (10, 0) if why_not == "generation" else (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    dtype = torch.float32 if why_not == "dtype" else torch.float16
+    heads = 8, 48 if why_not == "head size" else 40
+    q = torch.empty(1, 1023 if why_not == "positions" else 1024, *heads, dtype=dtype)
+    k = torch.empty(1, 77 if why_not == "keys" else 1024, *heads, dtype=dtype)
+    if why_not != "device":
+        q, k = q.as_subclass(OnAGpu), k.as_subclass(OnAGpu)
+    q.requires_grad_(why_not == "gradient")
+    assert self_attention.cudnn_is_faster(q, k, k) == faster
+    with torch.no_grad():
+        assert self_attention.cudnn_is_faster(q, k, k) == (faster or why_not == "gradient")
+
+
+def test_without_cudnn_another_kernel_serves(monkeypatch, assert_close):
+    """On this CPU, for one; whoever asks for a backend gets that."""
+    monkeypatch.setattr(self_attention, "cudnn_is_faster", lambda *_: True)
+    q, k, v = torch.randn(3, 2, 70, 3, 16)
+    called = torch.compile(lambda *qkv: attention(*qkv), backend="aot_eager", fullgraph=True)
+    for out in (attention(q, k, v), called(q, k, v)):
+        assert_close(out, explicit(q.double(), k.double(), v.double()))
+    monkeypatch.setattr(self_attention, "attention_by_cudnn", pytest.fail)
+    attention(q, k, v, backend="torch")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_without_gradient(shape, dtype, device):
+    """By cuDNN or not: right, the same whenever it is called and whatever is beside it in a batch, and laid out to be
+    read as tokens."""
+    _, count, heads, width = shape
+    qkv = torch.randn(3, count, 3 * heads * width, device=device, dtype=dtype)
+    q, k, v = (x.unflatten(-1, (heads, width)) for x in qkv.chunk(3, -1))
+    out = attention(q, k, v)
+    assert out.is_contiguous()
+    for few in (1, 2, 3):
+        assert torch.equal(attention(q[:few], k[:few], v[:few]), out[:few])
+    one = [x[:1, :, :2] for x in (q, k, v)]
+    assert error(out[:1, :, :2], explicit(*(x.double() for x in one))) < BOUNDS[dtype]
+
+
 @needs_gpu
 @all_dtypes
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
