@@ -1,8 +1,8 @@
 """Tensor primitives of p2pz, each in readable PyTorch and as a Triton kernel. Knows nothing of diffusion models.
 
-Functions that have a kernel take `backend`: `"auto"` runs it on CUDA tensors that it supports and PyTorch on others,
-`"torch"` and `"triton"` insist. `kl_loss`, `kl_gradient`, `attention_probabilities` and `attend_with_probabilities` are
-PyTorch alone.
+Functions that have a kernel take `backend`: `"auto"` runs it on CUDA tensors that it supports, PyTorch on others and
+where that was measured to be faster; `"torch"` and `"triton"` insist. `kl_loss`, `kl_gradient`,
+`attention_probabilities` and `attend_with_probabilities` are PyTorch alone.
 """
 
 from p2pz.kernels.convolution import conv3x3
