@@ -61,8 +61,10 @@ class Settings:
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}")
+            given = getattr(self, name)
+            if given not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {given!r}")
+            object.__setattr__(self, name, choices[choices.index(given)])  # JSON has no place for numpy's values
         lowest = 3 if self.inversion == "authors" else 1
         whole_number("steps", self.steps, lowest, 999)
         for field in fields(self):
@@ -73,7 +75,7 @@ class Settings:
                 raise ValueError(f"{field.name} must be {words}, not {value!r}")
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{field.name} must be zero or more, not {value}")
-            object.__setattr__(self, field.name, field.type(value))  # JSON has no place for numpy's numbers
+            object.__setattr__(self, field.name, field.type(value))
         for name in ("guided_steps", "resolution_weights"):
             given = getattr(self, name)
             values = tuple(given) if isinstance(given, Iterable) else (None,)

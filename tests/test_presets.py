@@ -49,11 +49,13 @@ def test_settings_of_the_wrong_kind_or_out_of_range(changes, message):
 def test_numbers_of_numpy_become_pythons():
     given = {"steps": np.int64(5), "guidance": np.float32(2), "rounds": np.int8(3), "blend": 0}
     given |= {"guided_steps": np.array([0, 0.5]), "resolution_weights": [1, np.float16(2)]}
+    given |= {"sample_posterior": np.bool_(True), "form": np.str_("every")}
+    wanted = {"steps": 5, "guidance": 2.0, "rounds": 3, "blend": 0.0, "sample_posterior": True, "form": "every"}
+    wanted |= {"guided_steps": (0.0, 0.5), "resolution_weights": (1.0, 2.0)}
     settings = Settings(**given)
-    assert settings == Settings(
-        steps=5, guidance=2.0, rounds=3, blend=0.0, guided_steps=(0.0, 0.5), resolution_weights=(1.0, 2.0)
-    )
-    assert json.loads(json.dumps(asdict(settings)))["guidance"] == 2.0
+    assert settings == Settings(**wanted)
+    read = json.loads(json.dumps(asdict(settings)))
+    assert read["guidance"] == 2.0 and read["sample_posterior"] is True and type(settings.form) is str
 
 
 @pytest.mark.parametrize("preset", ["best", [], None])
