@@ -34,7 +34,7 @@ from p2pz.directions import Direction, direction, parse_direction
 from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import ImageLike, as_list, psnr, same_size_groups, to_pictures
 from p2pz.inversion import Inversion, common_steps, invert_pictures, open_images
-from p2pz.memory import batches_for, tables_for_queries
+from p2pz.memory import batches_for, keep_tables, tables_for_queries
 from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
 from p2pz.recording import Recorder, hooks_in_step
@@ -54,8 +54,8 @@ class EditResult:
             the autoencoder makes of the image, with "denoised" what the noise gives with the caption.
         inversion: the image as noise; pass it to `edit` again to save the inversion.
         prompt: the caption that was used.
-        reconstruction_psnr: of the reconstruction against the image as the model works on it, in dB; None if the edit
-            started from an inversion.
+        reconstruction_psnr: of the reconstruction against the image as the model works on it, in dB; None if it
+            began with an inversion that has not kept the image.
         warnings: what is doubtful about it, a line each: nothing changed, or the image was lost.
         settings: the numbers of this edit; None if another method than `edit` made it.
     """
@@ -120,8 +120,11 @@ def map_gradient(
         if resolution_weights:
             last_level = len(resolution_weights) - 1
             levels = [min(model.unet.level_of(path), last_level) for path in reference]
-            losses = [loss * resolution_weights[level] for loss, level in zip(losses, levels, strict=True)]
-        return torch.autograd.grad(torch.stack(losses).sum(), latents)[0]
+            # Another list: `losses` is appended to, and cut again, while activations are computed a second time.
+            weighed = [loss * resolution_weights[level] for loss, level in zip(losses, levels, strict=True)]
+        else:
+            weighed = losses
+        return torch.autograd.grad(torch.stack(weighed).sum(), latents)[0]
 
 
 def followed_rows(settings: Settings) -> int:
@@ -178,9 +181,11 @@ def mask_of_change(model: Model, path: Tensor, caption: Tensor, edited: Tensor, 
 
     for index, shift in zip(indices, shifts, strict=True):
         latents = path[steps - index].to(model.device)
-        (noise,) = graphs.call(("mask", id(model.unet)), predict, [latents, shift, keys_values])
-        own, others = noise[:images], noise[images:]
-        change += (others - own.repeat(copies, 1, 1, 1)).square().mean(1, keepdim=True)
+        (predictions,) = graphs.call(("mask", id(model.unet)), predict, [latents, shift, keys_values])
+        own, others = predictions[:images], predictions[images:]
+        # Of two v for the same latents the noises differ by sqrt(alpha-bar) of what these do.
+        share = schedule.alphas_from[index] if model.prediction_type == "v_prediction" else 1.0
+        change += share * (others - own.repeat(copies, 1, 1, 1)).square().mean(1, keepdim=True)
     change = F.avg_pool2d(F.pad(change, (1, 1, 1, 1), mode="replicate"), 3, 1).sqrt()
     largest = change.flatten(1).max(1).values.clamp(min=1e-12)
     mask = (change > threshold * largest[:, None, None, None]).float()
@@ -265,7 +270,7 @@ class _Steps:
     @property
     def looks(self) -> bool:
         """Whether somebody wants to see the reference also at steps without map guidance."""
-        return self.watcher is not None or self.hooks != Hooks()
+        return self.hooks != Hooks() or (self.watcher is not None and "reference" in self.watcher.branches)
 
     def told(self, parts: list[Part], index: Tensor, maps: list[Tensor]) -> Hooks:
         """Hooks for a pass of these parts; `maps` receives what the recorder is to keep."""
@@ -315,7 +320,7 @@ class _Steps:
         seen: list[Tensor] = []
         if (guiding or self.looks) and not queries:
             _, queries, seen = self.pass_of_reference(row(path, index), conditioning, index)
-        elif self.watcher:
+        elif self.watcher and queries:
             keys = self.model.unet.keys(keys_values[self.edit_rows :])
             seen = self.watcher.maps_of(queries, keys, self.reference_parts, index)
         moved = (
@@ -583,12 +588,14 @@ def edit(
                 record.finish(order, captions * len(some), own_rows)
             for k, (j, i) in enumerate(made_of):
                 reconstruction = reconstructions[k % len(batch)]
-                quality = psnr(reconstruction, pictures[i]) if i in pictures else None
+                picture = inversions[i].picture or pictures.get(i)
+                quality = psnr(reconstruction, picture) if picture else None
                 acts = numbers[j].strength > 0 and bool(directions[j].states.any())
                 unchanged = inversions[i].picture if numbers[j].blend else reconstruction
                 doubts = edit_warnings(edited[k], unchanged if acts else None, quality, numbers[j].reference)
                 facts = inversions[i], prompts[i], quality, tuple(doubts), numbers[j]
                 results[i][j] = EditResult(edited[k], reconstruction, *facts)
+        keep_tables(model, queries)
     chosen = [each[0] if single_direction else each for each in results]
     return chosen[0] if single else chosen
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +23,7 @@ Tensors = Sequence[Tensor]
 Step = Callable[[Tensor, Tensors, Tensors], Tensors]
 
 MOST_GRAPHS = 40
-"""The oldest graph makes room for a new one. An edit takes five, and others for images of another size."""
+"""All make room for one more. An edit takes five, and others for images of another size."""
 
 
 def row(table: Tensor, index: Tensor) -> Tensor:
@@ -46,10 +48,19 @@ def explain_out_of_memory(function: Callable) -> Callable:
     return call
 
 
-@functools.cache
-def recording_stream(device: int) -> torch.cuda.Stream:
-    """The stream on which a process records for a GPU. One, for cuBLAS keeps work spaces for each that it ever saw."""
-    return torch.cuda.Stream(device)
+_unused_streams: dict[int, list[torch.cuda.Stream]] = defaultdict(list)
+
+
+def stream_of(graphs: Graphs) -> torch.cuda.Stream:
+    """A stream of the current GPU for as long as `graphs` lives; then the next may have it.
+
+    Used again, because cuBLAS keeps work spaces for each stream that it ever saw. Never shared, because recordings of
+    a stream read the same work space, and in PyTorch 2.12 the first that goes takes it along.
+    """
+    device = torch.cuda.current_device()
+    stream = _unused_streams[device].pop() if _unused_streams[device] else torch.cuda.Stream(device)
+    weakref.finalize(graphs, _unused_streams[device].append, stream)
+    return stream
 
 
 def fixed_places(arguments: Tensors) -> Tensors:
@@ -65,10 +76,12 @@ class CudaGraph:
         function: must not synchronise with the host.
         arguments: an example of them.
         pool: memory that graphs share which never run at the same time.
+        stream: on which to record.
     """
 
-    def __init__(self, function: Callable[..., Tensors], arguments: Tensors, pool: tuple[int, int]):
-        stream = recording_stream(torch.cuda.current_device())
+    def __init__(
+        self, function: Callable[..., Tensors], arguments: Tensors, pool: tuple[int, int], stream: torch.cuda.Stream
+    ):
         self.arguments = fixed_places(arguments)
         stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -103,12 +116,13 @@ class Courier:
     Args:
         rows: where a step reads or leaves a row of each table.
         others: a row of each where the tables lie: on the GPU, or in pinned host memory.
+        stream: on which to copy from there and to there.
     """
 
-    def __init__(self, rows: Tensors, others: Tensors):
+    def __init__(self, rows: Tensors, others: Tensors, stream: torch.cuda.Stream):
         self.far = any(not tensor.is_cuda for tensor in others)
         self.rows, self.copies = rows, [torch.empty_like(tensor) for tensor in rows] if self.far else []
-        self.stream = torch.cuda.Stream() if self.far else None
+        self.stream = stream
 
     def fetch(self, rows: Tensors) -> None:
         """Begin to bring what `deliver` will put in place."""
@@ -151,6 +165,8 @@ class Graphs:
         record: on a GPU. False runs everything step by step, with the same results but for rounding.
         graphs: by kind of work and shapes of the arguments.
         pool: memory that the graphs share.
+        stream: on which they are recorded, and large tables are copied.
+        pinned: large tables in host memory that nobody uses, for the next run.
         room: bytes; if the process holds more when a graph is to be recorded, unused memory goes, and if that is not
             enough all other graphs. None: none goes.
     """
@@ -158,6 +174,8 @@ class Graphs:
     record: bool = True
     graphs: dict[Hashable, CudaGraph] = field(default_factory=dict)
     pool: tuple[int, int] | None = None
+    stream: torch.cuda.Stream | None = None
+    pinned: Tensors = ()
     room: int | None = None
 
     def clear(self) -> None:
@@ -186,19 +204,24 @@ class Graphs:
         key = kind, tuple((tensor.shape, tensor.dtype) for tensor in arguments)
         if key not in self.graphs:
             self._make_room(arguments[0].device)
-            while len(self.graphs) >= MOST_GRAPHS:
-                del self.graphs[next(iter(self.graphs))]
-            self.graphs[key] = self._record(function, arguments)
+            if len(self.graphs) >= MOST_GRAPHS:
+                self.clear()
+            try:
+                self.graphs[key] = self._record(function, arguments)
+            except BaseException:  # what was begun goes, and may take along what the others need, see `stream_of`
+                self.clear()
+                raise
         return self.graphs[key]
 
     def _record(self, function: Callable[..., Tensors], arguments: Tensors) -> CudaGraph:
         """A recording. If memory runs out, all others make room; those still wanted are recorded again."""
+        self.stream = self.stream or stream_of(self)
         if self.graphs:
             with contextlib.suppress(torch.OutOfMemoryError):  # and out of it, for it holds the tensors of what failed
-                return CudaGraph(function, arguments, self.pool)
+                return CudaGraph(function, arguments, self.pool, self.stream)
             self.clear()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        return CudaGraph(function, arguments, self.pool)
+        return CudaGraph(function, arguments, self.pool, self.stream)
 
     def call(self, kind: Hashable, function: Callable[..., Tensors], arguments: Tensors) -> Tensors:
         """`function(*arguments)`, as a graph if the arguments are on a GPU."""
@@ -268,8 +291,9 @@ class Graphs:
             arguments = [index, *state, *constants, *(table[first].to(index.device) for table in tables)]
             graph = self.find(kind, advance, arguments)
             graph.load(arguments)
-            incoming = Courier(graph.arguments[len(arguments) - len(tables) :], [table[first] for table in tables])
-            outgoing = Courier(graph.results[1 : 1 + len(fill)], [table[first] for table in fill])
+            places, made = graph.arguments[len(arguments) - len(tables) :], graph.results[1 : 1 + len(fill)]
+            incoming = Courier(places, [table[first] for table in tables], self.stream)
+            outgoing = Courier(made, [table[first] for table in fill], self.stream)
             try:
                 for i in bar:
                     if i > 0:  # the first are among the arguments

@@ -328,7 +328,7 @@ def invert_pictures(
             latents[-1], latents[0], prompt, settings.steps, model.fingerprint,
             latents if keep else None, picture if keep else None,
         )
-        for latents, prompt, picture in zip(path.unbind(1), prompts, pictures, strict=True)
+        for latents, prompt, picture in zip(map(torch.clone, path.unbind(1)), prompts, pictures, strict=True)
     ]  # fmt: skip
 
 
@@ -337,9 +337,13 @@ def _warn_of_strangers(model: Model, pictures: Sequence[Image.Image], image_late
     decoded = to_pictures(model.decode_latents(image_latents))
     worst = min(psnr(*pair) for pair in zip(decoded, pictures, strict=True))
     if worst < LOWEST_MINI_PSNR:
+        width, height = pictures[0].size
+        small = width * height < 0.9 * model.native_size**2
         warnings.warn(
-            f"the bundled model knows only its cartoon world and can reproduce this image at {worst:.1f} dB only; for "
-            "photographs load a Stable Diffusion checkpoint: p2pz.load(source), --model SOURCE or P2PZ_MODEL=SOURCE",
+            f"the bundled model knows only its cartoon world and can reproduce this image at {worst:.1f} dB only"
+            + (f", at {width} x {height} pixels; it was trained at {model.native_size}" if small else "")
+            + "; for photographs load a Stable Diffusion checkpoint: p2pz.load(source), --model SOURCE or "
+            "P2PZ_MODEL=SOURCE",
             stacklevel=5,
         )
 
@@ -353,6 +357,7 @@ def invert(
     preset: str = "p2pz",
     steps: int | None = None,
     seed: int = 0,
+    batch_size: int = 8,
     size: int | None = None,
     progress: bool | None = None,
     attend: Attend = plain,
@@ -371,6 +376,7 @@ def invert(
         preset: `"p2pz"`, `"authors"` or `"diffusers"`, see `p2pz.presets`.
         steps: 1 to 999; None takes the preset's.
         seed: of all randomness; the same seed gives the same noise.
+        batch_size: images of one size that are worked on at once; fewer if the model's memory budget says so.
         size: images are worked on at about `size * size` pixels, 64 to 1536; None: `model.native_size`.
         progress: show a bar; None: on a terminal only.
         attend: what happens in every attention layer, see `p2pz.attention`.
@@ -390,7 +396,7 @@ def invert(
     numbers = settings_for(model, preset, steps=steps, **settings)
     images, single = as_list(img)
     pictures = prepare_pictures(images, model, size)
-    batches = batches_for(model, [picture.size[::-1] for picture in pictures], len(pictures), rows=1)
+    batches = batches_for(model, [picture.size[::-1] for picture in pictures], batch_size, rows=1)
     prompts = captions_for(pictures, prompt, "a photo", model)
     inversions: list[Inversion | None] = [None] * len(pictures)
     if record:

@@ -77,8 +77,8 @@ class SDEditResult:
         image: the edited picture.
         reconstruction: the image decoded from its own latents: what the autoencoder alone does to it.
         prompt: the caption that was used, with the source's words.
-        reconstruction_psnr: of the reconstruction against the image as the model works on it, in dB; None if the edit
-            started from an inversion.
+        reconstruction_psnr: of the reconstruction against the image as the model works on it, in dB; None if it
+            began with an inversion that has not kept the image.
     """
 
     image: Image.Image
@@ -99,7 +99,9 @@ class _Batch:
 
     def quality(self, i: int, reconstruction: Image.Image) -> float | None:
         """PSNR of the reconstruction of item i; None for an inversion."""
-        return None if isinstance(self.items[i], Inversion) else psnr(reconstruction, self.items[i])
+        item = self.items[i]
+        picture = item.picture if isinstance(item, Inversion) else item
+        return psnr(reconstruction, picture) if picture else None
 
 
 def _words(direction: str | Direction) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,15 @@ from PIL import Image
 
 import p2pz
 from p2pz import editing
+from p2pz import inversion as inverting
 from p2pz.attention import keep_queries_and_keys, plain, record_cross_attention
 from p2pz.directions import Direction
-from p2pz.editing import edit_latents, map_gradient, mask_of_change
+from p2pz.editing import MASK_SHARES, edit_latents, map_gradient, mask_of_change
 from p2pz.files import save_tensors
 from p2pz.images import psnr, to_pictures, to_tensor
 from p2pz.inversion import draw_offsets, invert_latents
 from p2pz.presets import MINI_SETTINGS, PRESETS, Settings, settings_for
+from p2pz.schedule import denoising_schedule
 from p2pz.unet import UNet
 from p2pz.weights import MINI_FOLDER, mini_world
 
@@ -182,6 +185,8 @@ def test_numbers_that_overflow_are_reported_with_the_layer(model, pictures, cat_
 def test_images_can_be_worked_on_at_another_size(model, pictures, cat_to_dog):
     small = p2pz.edit(pictures[0], cat_to_dog, model=model, steps=1, size=64, progress=False)
     assert small.image.size == (64, 64)
+    large = p2pz.edit(pictures[0], cat_to_dog, model=model, steps=1, size=192, progress=False)
+    assert large.image.size == (192, 192) and large.reconstruction_psnr > 20
     with pytest.raises(ValueError, match="size must be a whole number from 64 to 1536, not 32"):
         p2pz.edit(pictures[0], cat_to_dog, model=model, size=32)
 
@@ -223,7 +228,36 @@ def test_inversion_can_be_saved_and_serves_several_edits(model, pictures, cat_to
     fresh = p2pz.edit(pictures[0], cat_to_dog, model=model, steps=STEPS, progress=False)
     again = p2pz.edit([loaded, pictures[0]], cat_to_dog, model=model, progress=False)  # takes the inversion's steps
     assert psnr(again[0].image, fresh.image) > 50 and psnr(again[1].image, fresh.image) > 50
-    assert again[0].reconstruction_psnr is None and again[1].reconstruction_psnr > 20
+    for result in again:
+        assert result.reconstruction_psnr == pytest.approx(fresh.reconstruction_psnr, abs=0.01)
+
+
+def test_an_edit_of_an_inversion_is_checked_as_one_of_an_image_is(model, pictures, cat_to_dog, monkeypatch):
+    monkeypatch.setattr("p2pz.checks.LOWEST_RECONSTRUCTION", 99.0)
+    options = {"model": model, "steps": 2, "progress": False}
+    kept = p2pz.invert(pictures[0], **options)
+    for inversion in (pictures[0], kept):
+        result = p2pz.edit(inversion, cat_to_dog, **options)
+        assert "the autoencoder lost the image" in " ".join(result.warnings)
+    bare = p2pz.edit(replace(kept, path=None, picture=None), cat_to_dog, reference="denoised", **options)
+    assert bare.reconstruction_psnr is None and "lost" not in " ".join(bare.warnings)
+
+
+def test_an_inversion_of_a_batch_holds_its_own_memory_alone(model, pictures):
+    for inversion in p2pz.invert(pictures[:3], model=model, steps=2, progress=False):
+        assert inversion.path.untyped_storage().nbytes() == inversion.path.nbytes
+
+
+def test_images_are_inverted_a_few_at_once(model, pictures, monkeypatch):
+    counts, invert = [], inverting.invert_pictures
+    monkeypatch.setattr(
+        inverting, "invert_pictures", lambda *args, **more: counts.append(len(args[1])) or invert(*args, **more)
+    )
+    few = p2pz.invert(pictures[:3], model=model, steps=2, batch_size=2, progress=False)
+    assert counts == [2, 1]
+    for one, other in zip(few, p2pz.invert(pictures[:3], model=model, steps=2, progress=False), strict=True):
+        assert torch.allclose(one.latents, other.latents, atol=1e-4)
+    assert counts[2:] == [3]
 
 
 def test_several_sizes_in_one_list_keep_their_order(model, pictures, cat_to_dog):
@@ -538,6 +572,45 @@ def test_the_mask_finds_what_the_direction_concerns(model):
         mask = mask[0, 0].bool().repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
         changed = np.abs(source.astype(int) - target).max(-1) > 30
         assert mask[changed].mean() > 0.9 and mask[~mini_world.edit_mask(*scenes)].mean() < 0.35
+
+
+def test_the_mask_is_of_the_noise_whatever_the_model_predicts(model, pictures, cat_to_dog):
+    """A model that predicts v, and the one that predicts the same noise: v = (noise - sqrt(1 - a) x) / sqrt(a)."""
+
+    def predict_v(latents, *rest):
+        alpha = next(alphas)
+        return (model.unet.predict(latents, *rest) - (1 - alpha) ** 0.5 * latents) / alpha**0.5
+
+    inverted = p2pz.invert(pictures[0], model=model, reference="path", steps=8, progress=False)
+    caption = model.encode_text([inverted.prompt])
+    arguments = inverted.path[:, None], caption, caption + cat_to_dog.states, 0.4
+    schedule = denoising_schedule(8)
+    alphas = iter([schedule.alphas_from[round(share * 7)].item() for share in MASK_SHARES])
+    other = SimpleNamespace(
+        predict=predict_v, condition=model.unet.condition, config=model.unet.config, conv_in=model.unet.conv_in
+    )
+    expected = mask_of_change(model, *arguments)
+    assert 0 < expected.mean() < 1
+    assert torch.equal(mask_of_change(replace(model, unet=other, prediction_type="v_prediction"), *arguments), expected)
+
+
+def test_checkpoints_hold_no_more_losses_with_weights_of_resolutions(model, monkeypatch):
+    """Each holds the activations that it was computed of."""
+    worker, lists, guide = replace(model, checkpoint=True), [], editing.guide_cross_attention
+
+    def note(reference, losses, *rest):
+        lists.append(losses)
+        return guide(reference, losses, *rest)
+
+    monkeypatch.setattr(editing, "guide_cross_attention", note)
+    latents, kept = torch.randn(1, 4, 32, 32), {}
+    conditioning = model.condition(torch.tensor([501]), model.encode_text(["a cat"]))
+    with torch.no_grad():
+        model.predict(torch.randn(1, 4, 32, 32), conditioning, keep_queries_and_keys(kept))
+    plain, weighed = (
+        map_gradient(worker, latents, conditioning, kept, resolution_weights=weights) for weights in ((), (1.0, 1.0))
+    )
+    assert torch.allclose(plain, weighed, atol=1e-6) and [len(losses) for losses in lists] == [len(kept)] * 2
 
 
 def test_map_guidance_in_some_steps_at_some_resolutions_and_of_some_words(model, pictures, cat_to_dog):

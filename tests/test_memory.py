@@ -1,5 +1,6 @@
 """A memory budget: what is planned for it, that results stay the same, and that less memory is taken."""
 
+import dataclasses
 import gc
 import weakref
 from dataclasses import replace
@@ -20,7 +21,7 @@ from p2pz.directions import Direction
 from p2pz.editing import map_gradient
 from p2pz.engine import Graphs
 from p2pz.images import psnr
-from p2pz.memory import GIB, Plan, Work, place_of_queries, plan_for, tables_for_queries
+from p2pz.memory import GIB, Plan, Work, keep_tables, place_of_queries, plan_for, tables_for_queries
 from p2pz.model import _budget
 from p2pz.unet import UNet, UNetConfig
 from p2pz.vae import VAE, VAEConfig
@@ -335,7 +336,55 @@ def bare(kind, budget=None):
     """What says how large Stable Diffusion 1.5 is."""
     with torch.device("meta"):
         parts = {"unet": UNet(UNetConfig()), "vae": VAE(VAEConfig())}
-    return SimpleNamespace(**parts, device=torch.device(kind), dtype=torch.float16, max_memory=budget)
+    facts = {"device": torch.device(kind), "dtype": torch.float16, "max_memory": budget, "graphs": Graphs()}
+    return SimpleNamespace(**parts, **facts)
+
+
+def test_the_next_edit_has_the_same_pinned_memory(monkeypatch):
+    """For to pin it anew takes longer than half an edit."""
+    model, empty = bare("cuda"), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, pin_memory, **options: empty(shape, **options))
+    first = tables_for_queries(model, (64, 64), 1, 3)
+    keep_tables(model, first)
+    assert not model.graphs.pinned  # it is not pinned
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    second = tables_for_queries(model, (64, 64), 1, 3)
+    assert second[0] is not first[0]  # somebody may still use that
+    keep_tables(model, second)
+    third = tables_for_queries(model, (64, 64), 1, 3)
+    assert all(one is other for one, other in zip(second, third, strict=True)) and not model.graphs.pinned
+    keep_tables(model, third)
+    other = tables_for_queries(model, (128, 64), 1, 3)
+    assert other[0].shape == (3, 1, 128, 8, 40) and not model.graphs.pinned
+    keep_tables(model, None)
+    assert not model.graphs.pinned
+
+
+def test_an_edit_keeps_its_pinned_memory(model, monkeypatch):
+    kept = []
+    monkeypatch.setattr("p2pz.editing.keep_tables", lambda worker, tables: kept.append((worker.graphs, tables)))
+    picture = mini_world.render(mini_world.task_pair("cat->dog", 0)[0])
+    p2pz.edit(picture, "cat->dog", model=model, steps=1, prompt="a cat", progress=False)
+    ((graphs, tables),) = kept
+    assert graphs is model.graphs and len(tables) == len(model.unet.cross_attention_paths)
+
+
+@dataclasses.dataclass
+class Parts:
+    vae: torch.nn.Module
+    text_encoder: torch.nn.Module
+    device: torch.device
+    graphs: Graphs = dataclasses.field(default_factory=Graphs)
+    max_memory: int = 1
+    checkpoint: bool = False
+
+
+def test_a_move_that_was_stopped_half_way_is_finished():
+    two = [torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)) for _ in range(2)]
+    parts = Parts(*two, torch.device("meta"))
+    two[0][0].to("meta")  # memory ran out behind the first tensors
+    Plan(1).apply(parts)
+    assert all(parameter.device.type == "meta" for part in two for parameter in part.parameters())
 
 
 def test_queries_are_computed_again_if_the_host_can_pin_no_memory(monkeypatch):
