@@ -72,16 +72,38 @@ def load_captioner(source: str | os.PathLike, device: str | torch.device | None 
     local = os.path.isdir(folder)
     if not local and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise ValueError(f'captioner {name} does not exist: give a folder or a name on the hub, such as "owner/model"')
+
+    def read(local: bool) -> tuple[BlipProcessor, BlipForConditionalGeneration]:
+        kind = BlipConfig.get_config_dict(folder, local_files_only=local)[0].get("model_type")
+        if kind != "blip":
+            raise ValueError(f"it is a {kind} model; a BLIP captioner is needed")
+        processor = BlipProcessor.from_pretrained(folder, local_files_only=local, trust_remote_code=False)
+        return processor, load_pretrained(BlipForConditionalGeneration, folder, local_files_only=local, dtype=dtype)
+
     try:
         with quiet_transformers():
-            kind = BlipConfig.get_config_dict(folder, local_files_only=local)[0].get("model_type")
-            if kind != "blip":
-                raise ValueError(f"it is a {kind} model; a BLIP captioner is needed")
-            processor = BlipProcessor.from_pretrained(folder, local_files_only=local, trust_remote_code=False)
-            model = load_pretrained(BlipForConditionalGeneration, folder, local_files_only=local, dtype=dtype)
+            try:
+                processor, model = read(True)
+            except OSError:  # it is not in the hub's local cache, or not all of it
+                if local:
+                    raise
+                _ask_hub(name)
+                processor, model = read(False)
     except Exception as error:  # transformers and the hub raise a dozen kinds
         raise ValueError(f"captioner {name} cannot be loaded: {reason(error)}") from None
     return Captioner(name, processor, model.to(device))
+
+
+def _ask_hub(name: str) -> None:
+    """Raise ValueError if the hub does not give a model; at once, where a download would be tried for a minute."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # of a network that does not work, a model that there is not, or one not for everybody
+        raise ValueError(
+            f"it is not, or not all, in the hub's local cache, and the hub does not give it ({reason(error, 160)})"
+        ) from None
 
 
 @explain_out_of_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import subprocess
@@ -29,8 +30,9 @@ from p2pz.info import describe
 from p2pz.inversion import prepare_pictures
 from p2pz.model import PREDICTION_TYPES, Model, find_device
 from p2pz.presets import PRESETS, Settings, settings_for
-from p2pz.sentences import read_sentences
+from p2pz.sentences import read_sentences, source_prompt
 from p2pz.tokens import words_of
+from p2pz.weights import MINI_FOLDER, NoTokenizerError
 
 BENCHES = ("edit_speed", "scaling", "kernels", "quality", "pie_bench", "attention_cost", "cpu_edit")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -78,7 +80,7 @@ def edit_command(args: argparse.Namespace) -> int:
     change = p2pz.Direction.load(args.direction) if args.direction else None
     ending = _file_words(change.target if change else args.target) or "edited"
     given = [Path(image) for image in args.images]
-    images = jobs.find_images(given)
+    images = list({image.resolve(): image for image in jobs.find_images(given)}.values())  # each once
     folders = [path for path in given if path.is_dir()]
     many = len(images) > 1 or bool(folders)
     stems = Counter(image.stem for image in images)
@@ -158,9 +160,8 @@ def _report(args: argparse.Namespace, record: dict[str, Any]) -> None:
     if error:
         _complain("error", error if image in error else f"{image}: {error}")
         return
-    inverted = image.endswith(".safetensors")
-    facts = f'"{_short(record["prompt"])}"', "from inversion" if inverted else f"reconstruction {quality:.1f} dB"
-    _say(args, f"wrote {record['output']}: {', '.join(facts)}, {record['seconds']:.1f} s")
+    facts = f'"{_short(record["prompt"])}"', "" if quality is None else f"reconstruction {quality:.1f} dB"
+    _say(args, f"wrote {record['output']}: {', '.join(filter(None, facts))}, {record['seconds']:.1f} s")
 
 
 def sample_command(args: argparse.Namespace) -> int:
@@ -263,7 +264,11 @@ def maps_command(args: argparse.Namespace) -> int:
     model = _load(args)
     start = time.perf_counter()
     (picture,) = prepare_pictures([original], model)
-    prompt = p2pz.caption(original, args.captioner, model=model) if args.prompt is None else args.prompt
+    prompt = args.prompt
+    if prompt is None and edits and not (args.captioner or model.is_mini):
+        prompt = source_prompt(args.source)
+    elif prompt is None:
+        prompt = p2pz.caption(original, args.captioner, model=model)
     words = words_of(model, prompt)
     if not words:
         raise ValueError("the caption has no words: give a --prompt that says what the image shows")
@@ -292,10 +297,14 @@ def maps_command(args: argparse.Namespace) -> int:
 
 def info_command(args: argparse.Namespace) -> int:
     """`p2pz info`: what a checkpoint is and what it needs."""
-    file = {"prediction_type": args.prediction_type, "tokenizer": args.tokenizer}
-    facts = describe(p2pz.load(args.model, device="cpu", dtype=torch.float16, **file))
+    how = {"device": "cpu", "dtype": torch.float16, "prediction_type": args.prediction_type}
+    try:
+        facts = describe(p2pz.load(args.model, tokenizer=args.tokenizer, **how))
+    except NoTokenizerError as error:  # what there is to tell depends on no words
+        facts = describe(p2pz.load(args.model, tokenizer=MINI_FOLDER / "tokenizer", **how))
+        facts["tokenizer"] = f"not at hand: {error}"
     for name, text in facts.items():
-        print(f"{name.replace('_', ' '):{max(map(len, facts))}}  {text}")
+        print(_printable(f"{name.replace('_', ' '):{max(map(len, facts))}}  {text}"))
     return 0
 
 
@@ -383,14 +392,23 @@ def _progress(args: argparse.Namespace) -> bool | None:
 
 
 def _file_words(text: str) -> str:
-    """Words joined with underscores, short enough for a file name."""
-    return re.sub(r"\W+", "_", text).strip("_")[:60]
+    """Words joined with underscores, short enough for a file name; where that is not all of the text, its hash, too."""
+    words = re.sub(r"\W+", "_", text).strip("_")
+    if words == "_".join(text.split()) and len(words) <= 60:
+        return words
+    return f"{words[:60]}_{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:6]}".lstrip("_")
+
+
+def _printable(line: str) -> str:
+    """A line that stdout can show; names of files need not be text, and not every terminal has every letter."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return line.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def _say(args: argparse.Namespace, line: str) -> None:
     if not args.quiet:
         with tqdm.external_write_mode():
-            print(line.encode(errors="backslashreplace").decode(), flush=True)  # names of files need not be text
+            print(_printable(line), flush=True)
 
 
 def _say_written(args: argparse.Namespace, output: Path, *facts: str, start: float) -> None:

@@ -405,10 +405,13 @@ def _read_embeddings(path: Path, model: Model) -> Tensor:
         found = f"a tensor {list(states.shape)} of {str(states.dtype).removeprefix('torch.')}"
     if found:
         raise ValueError(f"embeddings {path} must be a tensor [sentences, {length}, {width}], but they are {found}")
+    pooled = model.unet.config.pooled_channels > 0  # SDXL's have a row more, of which published files know nothing
+    if pooled and states.shape[1:] == (length - 1, width):
+        states = torch.nn.functional.pad(states, (0, 0, 0, 1))
     if states.shape[1:] != (length, width):
         raise ValueError(
             f"embeddings {path} hold {states.shape[1]} tokens of width {states.shape[2]}, but this model's text "
-            f"encoder gives {length} of width {width}: they were made with another text encoder"
+            f"encoder gives {length - pooled} of width {width}: they were made with another text encoder"
         )
     if not states.isfinite().all():
         raise ValueError(f"embeddings {path} hold numbers that are not finite")

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
@@ -18,6 +18,18 @@ from torch import Tensor
 from p2pz.files import atomic_path, cause, check_place
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
+
+Transpose = Image.Transpose
+TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation (CIPA DC-008, "Exif", tag 0x0112)."""
 
 LARGEST_SHAPE_RATIO = 8
 """Longer images than this are refused: at a model's size their short side would be a few latents."""
@@ -45,7 +57,7 @@ def read_image(image: ImageLike) -> Image.Image:
         picture = _from_array(image, name)
     else:
         raise ValueError(f"an image is a path, a PIL image or a numpy array, not {type(image).__name__}")
-    picture = _to_srgb(ImageOps.exif_transpose(picture))
+    picture = _to_srgb(_upright(picture))
     if picture.mode.startswith("I"):  # 16 or 32 bits a pixel; PIL would cut off the values above 255
         levels = np.asarray(picture)
         if levels.min() < 0 or levels.max() > 65535:
@@ -62,12 +74,28 @@ def read_image(image: ImageLike) -> Image.Image:
             f"{name} has {picture.width} x {picture.height} pixels and cannot be edited: both sides must be at least "
             f"16 pixels and one at most {LARGEST_SHAPE_RATIO} times the other"
         )
-    return picture.convert("RGB")
+    picture = picture.convert("RGB")
+    picture.info.pop("icc_profile", None)  # it is sRGB now
+    return picture
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as the picture itself says; one whose EXIF cannot be read stays as it is."""
+    try:
+        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # what other programs wrote wrongly raises almost anything
+        return picture
+    if turn is None:
+        return picture
+    picture = picture.transpose(turn)
+    for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # or it would be turned again
+        picture.info.pop(name, None)
+    return picture
 
 
 def _to_srgb(picture: Image.Image) -> Image.Image:
     """Colours of another space, such as phones' Display P3, by the picture's own profile; without one, as they are."""
-    profile = picture.info.pop("icc_profile", None)
+    profile = picture.info.get("icc_profile")
     if profile is None:
         return picture
     mode = "RGBA" if picture.has_transparency_data else "RGB"
@@ -77,11 +105,9 @@ def _to_srgb(picture: Image.Image) -> Image.Image:
         return picture
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        picture = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+        return ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode=mode)
     except (ImageCms.PyCMSError, OSError):  # damaged, or of another kind of picture
         return picture
-    del picture.info["icc_profile"]  # a picture without one is sRGB
-    return picture
 
 
 def _open(path: Path) -> Image.Image:

@@ -21,7 +21,7 @@ from PIL import Image
 from p2pz.captions import Captioner
 from p2pz.directions import Direction
 from p2pz.editing import EditResult, edit
-from p2pz.files import atomic_path
+from p2pz.files import atomic_path, cause
 from p2pz.images import read_image, to_original_size, working_size
 from p2pz.inversion import Inversion
 from p2pz.model import Model
@@ -54,8 +54,9 @@ class Record:
         input, output: paths. An output exists only where there is no error.
         prompt: the caption that was used; None if it was not got that far.
         seed: of all randomness.
-        settings: the direction in words, the preset's name, and the numbers of `p2pz.presets.Settings`.
-        reconstruction_psnr: in dB; None for an inversion.
+        settings: the model's fingerprint, the size at which it worked, the direction in words, the preset's name, and
+            the numbers of `p2pz.presets.Settings`.
+        reconstruction_psnr: in dB; None for an inversion that has not kept the image.
         warnings: what was found to be doubtful.
         seconds: of the edit; of a batch, its share.
         error: why there is no output; None if there is one.
@@ -213,7 +214,9 @@ def _kind(item: Image.Image | Inversion, model: Model, size: int | None) -> tupl
 def _record(
     task: Task, result: EditResult, tools: Tools, said: list[str], seconds: float, options: dict[str, Any]
 ) -> Record:
-    quality, words = result.reconstruction_psnr, {"direction": tools.direction.words, "preset": options["preset"]}
+    quality = result.reconstruction_psnr
+    words = {"model": tools.model.fingerprint, "size": list(result.image.size)}
+    words |= {"direction": tools.direction.words, "preset": options["preset"]}
     if options.get("negative_prompt") is not None:
         words["negative_prompt"] = options["negative_prompt"]
     return Record(
@@ -249,8 +252,11 @@ def is_expected(error: Exception) -> bool:
 def append_record(path: Path, record: Record) -> None:
     """Add a line to a file of records, in a single write."""
     line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
-    with open(path, "ab", buffering=0) as file:
-        file.write(line.encode(errors="surrogateescape"))  # names of files need not be text
+    try:
+        with open(path, "ab", buffering=0) as file:
+            file.write(line.encode(errors="surrogateescape"))  # names of files need not be text
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {cause(error)}") from None
 
 
 def merge_records(folder: Path) -> dict[str, dict[str, Any]]:

@@ -330,7 +330,7 @@ def load(
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type!r}")
     device = find_device(device)
-    if not isinstance(dtype, torch.dtype | None) or (dtype is not None and not dtype.is_floating_point):
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or torch.float32, not {dtype!r}")
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     budget = None if max_memory is None else _budget(max_memory, device)
@@ -508,7 +508,7 @@ def _probe_prediction_type(model: Model) -> str:
     found = "epsilon" if share > 0.5 else "v_prediction"
     warnings.warn(
         f"{model.folder} does not say what its UNet predicts; a probe with noise finds {found}. "
-        f'Tell it with prediction_type="{found}", or the other if images come out wrong',
+        f'Tell it with prediction_type="{found}" (--prediction-type), or the other if images come out wrong',
         stacklevel=4,
     )
     return found

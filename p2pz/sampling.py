@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from PIL import Image
@@ -136,14 +137,15 @@ def sample(
     multiple = config.downsampling
     size = (model.native_size,) * 2 if size is None else size
     sides = range(8 * multiple, LARGEST + 1, multiple)
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(side in sides for side in size):
+    pair = isinstance(size, (tuple, list)) and len(size) == 2
+    if not pair or not all(isinstance(side, Integral) and side in sides for side in size):
         raise ValueError(
             f"size must be a width and a height from {sides[0]} to {LARGEST} and multiples of {multiple}, not {size}"
         )
     width, height = size
     guidance = (2.0 if model.is_mini else 7.5) if guidance is None else guidance
-    if not 0 <= guidance < float("inf"):
-        raise ValueError(f"guidance must be zero or more, not {guidance}")
+    if not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
+        raise ValueError(f"guidance must be zero or more, not {guidance!r}")
     plan = plan_for(model, (height, width), len(prompts), rows=1 + (guidance != 1))
     shape = (config.latent_channels, height // multiple, width // multiple)
     noise = torch.stack([torch.randn(shape, generator=random_numbers(seed + i)) for i in range(len(prompts))])

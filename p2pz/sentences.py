@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -175,6 +175,11 @@ def read_sentences(sentences: Sentences, name: str) -> list[str]:
             sentences = Path(sentences).read_text(encoding="utf-8-sig").splitlines()  # some editors put a mark first
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"the {name} sentences cannot be read: {error}") from None
+    sentences = list(sentences) if isinstance(sentences, Iterable) else [sentences]
+    for sentence in sentences:
+        if not isinstance(sentence, str):
+            kind = type(sentence).__name__
+            raise ValueError(f"the {name} sentences must be texts, or the path of a file of them, not {kind}")
     kept = [sentence.strip() for sentence in sentences if sentence.strip()]
     if not kept:
         raise ValueError(f"there are no {name} sentences: give at least one")

@@ -96,6 +96,31 @@ def test_captioners_that_cannot_be_loaded(folder, pictures, tmp_path):
         load_captioner(folder, "cuda:99")
 
 
+def test_the_hubs_cache_goes_before_the_hub(folder, pictures, tmp_path, monkeypatch):
+    """Offline, the hub's client tries again for more than a minute."""
+    import huggingface_hub
+
+    asked = []
+
+    def unreachable(self, name, timeout):
+        asked.append(name)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "models--owner--blip"
+    shutil.copytree(folder, place / "snapshots" / "0123")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0123")
+    captioner = load_captioner("owner/blip", "cpu")
+    assert not asked and captioner.describe(pictures[:1]) == load_captioner(folder, "cpu").describe(pictures[:1])
+    (place / "snapshots" / "0123" / "model.safetensors").unlink()
+    for name in ("owner/blip", "owner/none"):
+        with pytest.raises(ValueError, match=f"captioner {name} .* the hub does not give it .*no route to host"):
+            load_captioner(name, "cpu")
+    assert asked == ["owner/blip", "owner/none"]
+
+
 def test_missing_weights_are_named(folder, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -1,6 +1,7 @@
 """The command line: what it writes and says, and one line and a status for everything that can go wrong."""
 
 import functools
+import glob
 import io
 import json
 import os
@@ -186,7 +187,7 @@ def test_saved_inversion_and_direction_give_the_same_edit(p2pz_):
     assert re.fullmatch(r"wrote cat2dog.safetensors: (\d+) and \1 sentences, \d+\.\d s", out[0])
     assert re.fullmatch(r"norm \d+\.\d; \d\.\d times what .*; leave-one-out .*; cosine 0\.\d\d to the .*", out[1])
     status, out, err = p2pz_("edit", "cat.safetensors", "--direction", "cat2dog.safetensors")
-    assert (status, err) == (0, []) and re.search(r"wrote cat_dog.png: .*, from inversion, ", out[0])
+    assert (status, err) == (0, []) and re.search(r"wrote cat_dog.png: .*, reconstruction \d+\.\d dB, ", out[0])
     assert np.array_equal(pixels("cat_dog.png"), pixels("direct.png"))
 
 
@@ -201,7 +202,41 @@ def test_direction_from_sentences(p2pz_, model):
     expected = model.encode_text(["a dog"])[0] - model.encode_text(["a cat", "a sleeping cat"]).mean(0)
     assert torch.allclose(made.states, expected, atol=1e-5)
     assert p2pz_("edit", "cat.png", "--direction", "d.safetensors", "--steps", 1)[0] == 0
-    assert os.path.exists("cat_big_dog.png")
+    assert re.fullmatch(r"cat_big_dog_[0-9a-f]{6}\.png", *glob.glob("cat_big_dog*"))  # another than of "big dog"
+
+
+def test_output_that_has_not_every_letter(tmp_path, monkeypatch):
+    """A pipe on Windows, for one; the edit is written, and so it has not failed."""
+    monkeypatch.chdir(tmp_path)
+    name = "caf\u00e9_\u65e5\u672c.png"
+    shutil.copy(MINI_FOLDER / "examples" / "cat.png", name)
+    done = in_process("edit", name, *CAT_TO_DOG, "--steps", "1", "-o", "d\u00f6g.png", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("wrote d\\xf6g.png: ")
+
+
+def test_prompts_that_make_like_names_have_pictures_of_their_own(p2pz_):
+    long = "a photo of a black cat on the beach with a palm tree in the sun at"
+    prompts = ["a cat", "a cat?", "a, cat", f"{long} night", f"{long} noon"]
+    status, out, _ = p2pz_("sample", *prompts, "--steps", 1, "--size", "64x64", "-o", "out")
+    assert status == 0 and len(os.listdir("out")) == len(prompts) and not any("skipped" in line for line in out)
+    assert "a_cat_0.png" in os.listdir("out")
+
+
+def test_an_image_that_is_given_twice_is_edited_once(p2pz_):
+    status, out, err = p2pz_("edit", "cat.png", "./cat.png", *CAT_TO_DOG, "--steps", 1, "-o", "dog.png")
+    assert (status, len(out), err) == (0, 1, []) and os.path.exists("dog.png")
+
+
+def test_maps_of_an_edit_assume_of_other_models_what_the_edit_assumes(p2pz_, monkeypatch):
+    monkeypatch.setattr(p2pz.Model, "is_mini", False)
+    monkeypatch.setattr(p2pz, "edit", None)  # far enough
+    asked = []
+    monkeypatch.setattr(p2pz, "invert", lambda *_, prompt, **__: asked.append(prompt))
+    with pytest.raises(TypeError):
+        p2pz_("maps", "cat.png", *CAT_TO_DOG, "-o", "maps")
+    assert asked == ["a photo of a cat"]
+    status, _, err = p2pz_("maps", "cat.png", "-o", "maps")
+    assert status == 2 and "this model cannot caption images: give a prompt" in err[0]
 
 
 def test_sample(p2pz_, model):
@@ -394,7 +429,7 @@ DIRECTION = ("direction", "-o", "d.safetensors")
         ((*EDIT, "-o", "a.txt/"), "cannot create the folder a.txt"),
         (("edit", "cat.png", "dot.png", *TO_DOG, "-o", "out.png"), "out.png is a file name"),
         (("edit", "cat.png", "dot.png", *TO_DOG, "-o", "a.txt"), "cannot create the folder a.txt"),
-        (("edit", "cat.png", "./cat.png", *TO_DOG, "-o", "out"), "would be written to out/cat_png_dog.png"),
+        (("edit", "cat.png", "sub/cat.png", *TO_DOG, "-o", "out"), "would be written to out/cat_png_dog.png"),
         ((*SAMPLE, "--guidance", "inf"), "guidance must be zero or more"),
         (
             ("edit", "cat.png", "cat_dog.png", *TO_DOG, "-o", ".", "--overwrite"),

@@ -243,12 +243,45 @@ def test_palette_with_a_transparent_colour(tmp_path):
     assert np.array_equal(read_image(tmp_path / "a.png"), colours[indices])
 
 
-@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
-def test_exif_rotation_is_applied(orientation, turns, pixels, tmp_path):
+ORIENTATIONS = {  # of EXIF: what makes the pixels upright
+    1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, 3), 7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x, 1), 9: lambda x: x,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("ending", ["png", "jpg", "tiff", "webp"])
+def test_exif_rotation_is_applied_once(orientation, ending, tmp_path):
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:16, :24], pixels[16:, 24:] = 250, 120
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(read_image(tmp_path / "a.png"), np.rot90(pixels, turns))
+    Image.fromarray(pixels).save(tmp_path / f"a.{ending}", exif=exif, quality=100)
+    upright = read_image(tmp_path / f"a.{ending}")
+    for picture in (upright, read_image(upright)):
+        expected = ORIENTATIONS[orientation](pixels).astype(int)
+        assert np.asarray(picture).shape == expected.shape and np.abs(np.asarray(picture) - expected).mean() < 3
+
+
+def exif_of(*tags):
+    """A JPEG's EXIF with tags of numbers, types and values as other programs write them."""
+    rows = [struct.pack("<HHII", tag, kind, count, value) for tag, kind, count, value in tags]
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(rows)) + b"".join(rows) + bytes(4)
+
+
+@pytest.mark.parametrize(("exif", "turned"), [
+    (exif_of((0x0112, 3, 1, 6), (0x0132, 77, 1, 5)), True),  # a tag of a type that there is not
+    (exif_of((0x0112, 3, 1, 6), (0x011A, 3, 1, 5)), True),  # a resolution that is no fraction
+    (exif_of((0x0112, 2, 2, 0x36)), False),  # the orientation as a text
+    (exif_of((0x0112, 3, 1, 6))[:20], False),
+    (b"Exif\0\0no TIFF", False),
+], ids=["unknown type", "wrong type", "text", "cut", "junk"])  # fmt: skip
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_damaged_exif_keeps_no_picture_from_being_read(exif, turned, ending, tmp_path):
+    path = tmp_path / f"a.{ending}"
+    Image.new("RGB", (48, 32)).save(path, exif=exif)
+    assert read_image(path).size == ((32, 48) if turned else (48, 32))
 
 
 def broken_files(path):

@@ -209,7 +209,13 @@ def test_the_record_says_how_the_picture_was_made(tools):
     assert (line["prompt"], line["seed"], line["seconds"]) == (alone.prompt, 5, done[0].seconds)
     assert line["reconstruction_psnr"] == round(alone.reconstruction_psnr, 2) and line["seconds"] > 0
     expected = {"direction": "cat -> dog", "preset": "p2pz", "negative_prompt": "a ball", "steps": 1, "strength": 1.5}
+    expected |= {"model": tools.model.fingerprint, "size": [128, 128]}
     assert line["settings"].items() >= (expected | {"guidance": 2.0, "xa_guidance": 1.0, "inversion": "mirror"}).items()
+
+
+def test_records_that_cannot_be_written_are_told_with_their_cause(tools, tmp_path):
+    with pytest.raises(ValueError, match=f"cannot write {re.escape(str(tmp_path))}: is a directory"):
+        list(edit_files(tasks("a"), lambda: tools, records=tmp_path, steps=1, progress=False))
 
 
 def test_doubtful_edits_are_told(tools):

@@ -475,8 +475,17 @@ def test_environment_names_the_default_model(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("P2PZ_MODEL", str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         p2pz.load()
+    monkeypatch.setenv("P2PZ_MODEL", "a" * 5000)  # the name of a file cannot be as long
+    with pytest.raises(CheckpointError, match="aaa does not exist"):
+        p2pz.load()
     monkeypatch.setenv("P2PZ_MODEL", "")
     assert p2pz.load().is_mini
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, "float16"], ids=str)
+def test_dtypes_that_nothing_computes_in(dtype):
+    with pytest.raises(ValueError, match=r"dtype must be torch\.float16, torch\.bfloat16 or torch\.float32, not "):
+        p2pz.load(MINI_FOLDER, dtype=dtype)
 
 
 def remove(*names):

@@ -21,9 +21,9 @@ from test_loading import MEASURE_LOADING, STATUS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import p2pz
+from p2pz import cli, schedule
 from p2pz import model as model_module
-from p2pz import schedule
-from p2pz.weights import MINI_FOLDER, CheckpointError, open_checkpoint
+from p2pz.weights import MINI_FOLDER, CheckpointError, NoTokenizerError, open_checkpoint
 from p2pz.weights.reading import rename
 from p2pz.weights.single_file import UNET_BLOCKS, UNET_LAYERS, VAE_BLOCKS, VAE_LAYERS
 
@@ -538,6 +538,8 @@ FOREIGN = {
     "a UNet alone (": ["input_blocks.0.0.weight", "out.0.bias"],
     "a VAE alone": ["encoder.conv_in.weight", "decoder.mid.attn_1.k.bias"],
     "a VAE alone (": ["decoder.mid_block.attentions.0.to_q.bias", "quant_conv.bias"],
+    "a direction (": ["states"],
+    "an inversion (": ["latents", "image_latents", "path", "picture"],
     "a text encoder alone": ["text_model.final_layer_norm.bias"],
     "lacks the UNet (model.diffusion_model.*) and the text encoder": ["first_stage_model.quant_conv.bias"],
     "lacks the VAE (first_stage_model.*) and the text": ["model.diffusion_model.out.0.bias"],
@@ -554,6 +556,21 @@ def test_other_files_are_refused_by_name(message, tmp_path):
         p2pz.load(path, device="cpu")
     assert message in str(error.value) and str(path) in str(error.value)
     assert re.search(r": (give|merge|p2pz works with plain)", str(error.value))
+
+
+def test_facts_of_a_file_whose_tokenizer_is_not_at_hand(tensors, tmp_path, monkeypatch, capsys):
+    def find():
+        raise NoTokenizerError("a single file has no tokenizer: give a folder")
+
+    monkeypatch.setattr("p2pz.model.find_tokenizer", find)
+    save_file(tensors, tmp_path / "sd.safetensors")
+    assert cli.main(["info", str(tmp_path / "sd.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "M parameters" in out and "tokenizer" in out and "not at hand: a single file has no tokenizer" in out
+    assert (
+        cli.main(["sample", "a cat", "--model", str(tmp_path / "sd.safetensors"), "-o", str(tmp_path / "a.png")]) == 2
+    )
+    assert "a single file has no tokenizer" in capsys.readouterr().err
 
 
 UNET = "model.diffusion_model"

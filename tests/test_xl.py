@@ -475,6 +475,20 @@ def test_pictures_are_inverted_and_edited(model, pictures, directions):
     assert p2pz.direction("cat", "dog", model=model).states.shape == (78, 192)
 
 
+def test_embeddings_without_a_pooled_row_leave_it_as_it_is(model, saved, tmp_path):
+    """As the pipeline gives them, and other programs save them."""
+    for name, sentences in (("cat", ["a cat", "one cat"]), ("dog", ["a dog"])):
+        states = torch.cat([saved[0].encode_prompt(text, do_classifier_free_guidance=False)[0] for text in sentences])
+        torch.save(states, tmp_path / f"{name}.pt")
+    made = p2pz.direction(embeddings=(tmp_path / "cat.pt", tmp_path / "dog.pt"), model=model)
+    own = model.encode_text(["a cat", "one cat", "a dog"])
+    assert made.states.shape == own.shape[1:] and not made.states[-1].any()
+    assert torch.allclose(made.states[:-1], (own[2] - own[:2].mean(0))[:-1], atol=1e-5)
+    torch.save(torch.zeros(1, 76, 192), tmp_path / "cat.pt")
+    with pytest.raises(ValueError, match="hold 76 tokens of width 192, but this model's text encoder gives 77 of"):
+        p2pz.direction(embeddings=(tmp_path / "cat.pt", tmp_path / "dog.pt"), model=model)
+
+
 def test_other_methods_and_recording(model, pictures, directions):
     settings = {"model": model, **SETTINGS}
     swapped = p2pz.ddim_edit(pictures[0], "cat->dog", **settings)

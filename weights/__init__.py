@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from p2pz.weights.folder import find_tensors
-from p2pz.weights.hub import find_tokenizer
+from p2pz.weights.hub import NoTokenizerError, find_tokenizer
 from p2pz.weights.reading import (
     Checkpoint,
     CheckpointError,
@@ -26,6 +26,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Component",
+    "NoTokenizerError",
     "fill",
     "find_tensors",
     "find_tokenizer",

@@ -30,6 +30,8 @@ TENSORS: tuple[tuple[str, str, str], ...] = (  # pattern of a name that only it 
     (r"(?:down_blocks|mid_block|time_embedding)\..*", "a UNet alone", CHECKPOINT),
     (r"input_blocks\..*", "a UNet alone", CHECKPOINT),
     (r"(?:encoder|decoder)\.(?:mid|mid_block|conv_in)\..*", "a VAE alone", CHECKPOINT),
+    (r"states", "a direction", "give it to p2pz edit as --direction, and as the model a checkpoint"),
+    (r"image_latents", "an inversion", "give it to p2pz edit in the place of an image, and as the model a checkpoint"),
     (r"text_model\..*|transformer\.resblocks\..*|embeddings\.token_embedding\..*", "a text encoder alone", CHECKPOINT),
 )
 CLASSES: tuple[tuple[str, str], ...] = (  # pattern of the class that a folder's files name, and what it looks like

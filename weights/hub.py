@@ -13,6 +13,10 @@ TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
+class NoTokenizerError(CheckpointError):
+    """A single file's tokenizer is not at hand."""
+
+
 def is_hub_id(source: str) -> bool:
     """Whether a source has the form of the hub's `owner/name`."""
     name = r"[A-Za-z0-9][\w.-]*"
@@ -46,7 +50,7 @@ def find_tokenizer() -> Path:
     """Folder of CLIP's tokenizer, from the hub's local cache, or else downloaded.
 
     Raises:
-        CheckpointError: it is neither in the cache nor to be had; says how to go on.
+        NoTokenizerError: it is neither in the cache nor to be had; says how to go on.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -59,10 +63,10 @@ def find_tokenizer() -> Path:
             path = Path(hf_hub_download(TOKENIZER, name))
         return path.parent
     except Exception as error:  # the hub's client has a dozen kinds for a network that does not work
-        raise CheckpointError(
+        raise NoTokenizerError(
             "a single file has no tokenizer: give a folder with vocab.json and merges.txt, for instance the tokenizer "
-            f"folder of any Stable Diffusion, as tokenizer=...; {TOKENIZER} is not in the local cache, and "
-            f"the hub cannot be reached ({_reason(error)})"
+            "folder of any Stable Diffusion, as tokenizer=... (--tokenizer); "
+            f"{TOKENIZER} is not in the local cache, and the hub cannot be reached ({_reason(error)})"
         ) from None
 
 

@@ -19,9 +19,13 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         CheckpointError: it is missing, unreadable or of another family; names the file at fault.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError:  # the name is too long for either
+        is_folder = is_file = False
+    if is_folder:
         return open_folder(path.resolve())
-    if path.is_file():
+    if is_file:
         return open_single_file(path.absolute())
     if is_hub_id(str(source)):
         return open_from_hub(str(source))
