@@ -26,7 +26,7 @@ Rows:
 - guided_step_ms: both halves forward with maps and loss, gradient to the latents, both halves forward again; the
   default preset takes the gradient of the conditional half only.
 - unet_ms: a plain forward of 1, 2 or 4 images; for diffusers with its fast attention, not with the pipeline's.
-- regulariser_ms: all rounds of one inversion step; p2pz has drawn the offsets before.
+- regulariser_ms: all rounds of one inversion step; p2pz has drawn the offsets before; compiled's is diffusers'.
 - images_per_second: 1, 4 or 8 images given at once; diffusers and compiled edit one after another.
 - encode_s, decode_s: one picture by the VAE. sample_s: a picture from text. Steps and size as for the edit.
 - start_up_s: a fresh process until its first edit is there; peak_gib: the memory that this process took at most, p2pz
@@ -957,6 +957,8 @@ def derive(results: dict[str, Any]) -> None:
         if "total_s" in rows:
             counts = ("1", "4", "8") if name in ("diffusers", "compiled") else ("1",)
             rows.setdefault("images_per_second", {}).update(dict.fromkeys(counts, 1 / rows["total_s"]))
+        if "regulariser_added_s" in rows["facts"] and "regulariser" not in rows["runs"]:
+            rows["regulariser_ms"] = 1000 * rows["facts"]["regulariser_added_s"] / results["sizes"]["steps"]
         work = {f"unet {batch}": (int(batch) * forward, ms) for batch, ms in rows.get("unet_ms", {}).items()}
         if "guided_step_ms" in rows:
             followed = 1 if name == "p2pz_default" else 2

@@ -1,6 +1,7 @@
 """The benchmark of whole edits runs, keeps its results, and its contenders do the same work; graphs by stand-ins."""
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -107,6 +108,17 @@ def test_all_rows_are_there(bench, smoke):
     default = {"total_s", "guided_step_ms", "invert_s", "edit_s", "images_per_second", "start_up_s"}
     assert default <= set(results["p2pz_default"])
     assert 0.05 < results["p2pz"]["load_host_gib"] < results["p2pz"]["peak_gib"]["host"] < 20
+
+
+def test_what_compiled_adds_for_the_regulariser_is_its_row_until_it_is_timed(smoke, bench):
+    results = copy.deepcopy(smoke.results)
+    rows, steps = results["compiled"], results["sizes"]["steps"]
+    timed = rows["regulariser_ms"]
+    bench.derive(results)
+    assert rows["regulariser_ms"] == timed
+    del rows["regulariser_ms"], rows["runs"]["regulariser"]
+    bench.derive(results)
+    assert rows["regulariser_ms"] == pytest.approx(1000 * rows["facts"]["regulariser_added_s"] / steps)
 
 
 def test_rows_are_consistent(smoke):
