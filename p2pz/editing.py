@@ -37,7 +37,7 @@ from p2pz.inversion import Inversion, common_steps, invert_pictures, open_images
 from p2pz.memory import batches_for, keep_tables, tables_for_queries
 from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
-from p2pz.recording import Recorder, hooks_in_step
+from p2pz.recording import Recorder, given_hooks, hooks_in_step
 from p2pz.schedule import ddim_step, denoising_schedule, guided
 from p2pz.sentences import source_prompt
 from p2pz.tokens import weigh_tokens
@@ -554,10 +554,8 @@ def edit(
             check_path(item, numbers[0])
     batches = batches_for(model, sizes, batch_size, rows, guided_rows)
     prompts = prompts_for(items, pictures, prompt, source_prompt(directions[0].source), model)
-    hooks = Hooks(attend, features)
+    hooks = given_hooks(attend, features, record)
     results: list[list[EditResult | None]] = [[None] * len(directions) for _ in items]
-    if record:
-        record.clear()
     as_inverted = hooks == Hooks() and negative_prompt is None and numbers[0].reference == "path"
     for plan, batch in batches:
         model = plan.apply(model)

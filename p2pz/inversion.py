@@ -34,7 +34,7 @@ from p2pz.kernels.regulariser import pyramid_sizes
 from p2pz.memory import batches_for
 from p2pz.model import Model, loaded
 from p2pz.presets import Settings, settings_for
-from p2pz.recording import Recorder, hooks_in_step
+from p2pz.recording import Recorder, given_hooks, hooks_in_step
 from p2pz.schedule import authors_inversion_schedule, ddim_step, inversion_schedule, random_numbers, whole_number
 from p2pz.unet import Conditioning
 
@@ -399,12 +399,11 @@ def invert(
     batches = batches_for(model, [picture.size[::-1] for picture in pictures], batch_size, rows=1)
     prompts = captions_for(pictures, prompt, "a photo", model)
     inversions: list[Inversion | None] = [None] * len(pictures)
-    if record:
-        record.clear()
+    hooks = given_hooks(attend, features, record)
     for plan, batch in batches:
         done = invert_pictures(
             plan.apply(model), [pictures[i] for i in batch], [prompts[i] for i in batch], numbers, seed, progress,
-            attend=Hooks(attend, features), recorder=record,
+            attend=hooks, recorder=record,
         )  # fmt: skip
         if record:
             record.finish(batch, [prompts[i] for i in batch], [{"inversion": i} for i in range(len(batch))])

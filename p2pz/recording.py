@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from p2pz.attention import BRANCHES, HALVES, Attend, Hooks, Part, Site, hooks_by_parts, plain
+from p2pz.attention import BRANCHES, HALVES, Attend, Features, Hooks, Part, Site, hooks_by_parts, plain
 from p2pz.files import check_tensor, load_tensors, making_sense, save_tensors
 from p2pz.kernels import attention_probabilities, attention_with_maps
 from p2pz.model import Model
@@ -354,6 +354,22 @@ class Recorder:
             times = tuple(self._timesteps), tuple(self._timesteps.values())
             self._places[place] = Recorded(maps, self._sites, *times, tokens, prompt)
         self._tables = {}
+
+
+def given_hooks(attend: Attend, features: Features | None, record: Recorder | None) -> Hooks:
+    """Somebody's functions as `Hooks`, their recorder emptied.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    for name, function in (("attend", attend), ("features", features or plain)):
+        if not callable(function):
+            raise ValueError(f"{name} must be a function (see p2pz.attention), not {function!r:.100}")
+    if not isinstance(record, Recorder | None):
+        raise ValueError(f"record must be a recorder, as p2pz.record() gives, not {record!r:.100}")
+    if record:
+        record.clear()
+    return Hooks(attend, features)
 
 
 def hooks_in_step(

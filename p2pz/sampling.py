@@ -15,7 +15,7 @@ from p2pz.engine import Tensors, explain_out_of_memory, row
 from p2pz.images import as_list, to_pictures
 from p2pz.memory import plan_for
 from p2pz.model import Model, loaded
-from p2pz.recording import Recorder, hooks_in_step
+from p2pz.recording import Recorder, given_hooks, hooks_in_step
 from p2pz.schedule import ddim_step, denoising_schedule, guided, random_numbers, whole_number
 from p2pz.unet import Conditioning
 
@@ -154,9 +154,7 @@ def sample(
     model = plan.apply(model)
     batches = (tensor.split(plan.images) for tensor in (noise.to(model.device), negative, context))
     pictures = []
-    if record:
-        record.clear()
-    hooks = Hooks(attend, features)
+    hooks = given_hooks(attend, features, record)
     for batch in zip(*batches, strict=True):
         latents = sample_latents(model, *batch, steps, guidance, progress, attend=hooks, recorder=record)
         if record:

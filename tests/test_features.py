@@ -184,6 +184,19 @@ def test_bad_outputs_are_refused_by_name(model, bad, found):
         p2pz.sample(["a cat", "a dog"], model=model, size=(48, 64), steps=2, progress=False, features=hook)
 
 
+@pytest.mark.parametrize(("given", "message"), [
+    ({"attend": 3}, r"attend must be a function \(see p2pz\.attention\), not 3"),
+    ({"features": "inject"}, r"features must be a function \(see p2pz\.attention\), not 'inject'"),
+    ({"record": {}}, r"record must be a recorder, as p2pz\.record\(\) gives, not \{\}"),
+], ids=str)  # fmt: skip
+def test_what_are_no_hooks_is_refused(model, given, message):
+    picture = mini_world.render(mini_world.task_pair("cat->dog", 0)[0])
+    options = {"model": model, "steps": 1, "progress": False} | given
+    for call in (p2pz.sample, p2pz.invert, partial(p2pz.edit, direction="cat->dog")):
+        with pytest.raises(ValueError, match=message):
+            call("a cat" if call is p2pz.sample else picture, **options)
+
+
 # Changes.
 
 
