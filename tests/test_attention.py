@@ -215,7 +215,7 @@ def test_comparison_leaves_the_output_alone(unet_pair, assert_close):
     assert_close(unet(*args, attend=guide_cross_attention(reference, [])), unet(*args))
 
 
-@pytest.mark.parametrize("name", ["mini", "sd2"])
+@pytest.mark.parametrize("name", ["mini", pytest.param("sd2", marks=pytest.mark.slow)])
 def test_kernels_inside_the_unet(name, unet_pair, assert_close, device, monkeypatch):
     """Output, losses and gradient through the Triton kernels equal those through the references."""
     unet = copy.deepcopy(unet_pair(name)[0]).to(device, memory_format=torch.channels_last)
