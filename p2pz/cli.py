@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import p2pz
 from p2pz import jobs, maps
-from p2pz.captions import load_captioner
+from p2pz.captions import captions_for, load_captioner
 from p2pz.files import check_place
 from p2pz.images import check_image_path, read_image, save_image
 from p2pz.info import describe
@@ -80,7 +80,8 @@ def edit_command(args: argparse.Namespace) -> int:
     change = p2pz.Direction.load(args.direction) if args.direction else None
     ending = _file_words(change.target if change else args.target) or "edited"
     given = [Path(image) for image in args.images]
-    images = list({image.resolve(): image for image in jobs.find_images(given)}.values())  # each once
+    sources = {image.resolve(): image for image in jobs.find_images(given)}  # each once
+    images = list(sources.values())
     folders = [path for path in given if path.is_dir()]
     many = len(images) > 1 or bool(folders)
     stems = Counter(image.stem for image in images)
@@ -88,7 +89,6 @@ def edit_command(args: argparse.Namespace) -> int:
     outputs, folder = _outputs([f"{word}_{ending}.png" for word in words], args.out, many)
     if folder and folder.resolve() in [path.resolve() for path in folders]:
         raise ValueError(f"the edits would be among the images in {folder}: give another -o")
-    sources = {image.resolve(): image for image in images}
     for image, output in zip(images, outputs, strict=True):
         replaced = sources.get(output.resolve())
         if replaced:
@@ -265,8 +265,8 @@ def maps_command(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     (picture,) = prepare_pictures([original], model)
     prompt = args.prompt
-    if prompt is None and edits and not (args.captioner or model.is_mini):
-        prompt = source_prompt(args.source)
+    if prompt is None and edits and not args.captioner:  # as the edit would
+        (prompt,) = captions_for([original], None, source_prompt(args.source), model)
     elif prompt is None:
         prompt = p2pz.caption(original, args.captioner, model=model)
     words = words_of(model, prompt)

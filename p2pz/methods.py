@@ -98,7 +98,7 @@ class _Batch:
     settings: Settings
 
     def quality(self, i: int, reconstruction: Image.Image) -> float | None:
-        """PSNR of the reconstruction of item i; None for an inversion."""
+        """PSNR of the reconstruction of item i; None for an inversion that has not kept the image."""
         item = self.items[i]
         picture = item.picture if isinstance(item, Inversion) else item
         return psnr(reconstruction, picture) if picture else None
