@@ -8,7 +8,7 @@ where that was measured to be faster; `"torch"` and `"triton"` insist. `kl_loss`
 from p2pz.kernels.convolution import conv3x3
 from p2pz.kernels.cross_attention import attend_with_probabilities, attention_probabilities, attention_with_maps
 from p2pz.kernels.dispatch import compile_ahead
-from p2pz.kernels.gating import geglu
+from p2pz.kernels.gating import geglu, geglu_linear
 from p2pz.kernels.map_editing import edited_attention
 from p2pz.kernels.map_guidance import guided_attention
 from p2pz.kernels.norms import group_norm, layer_norm
@@ -19,10 +19,12 @@ from p2pz.kernels.regulariser import (
     kl_loss,
     regularise_noise,
 )
-from p2pz.kernels.residual import add_residual
+from p2pz.kernels.residual import add_product, add_residual
 from p2pz.kernels.self_attention import attention
+from p2pz.kernels.upsampling import merge_taps, upsampled_conv3x3
 
 __all__ = [
+    "add_product",
     "add_residual",
     "attend_with_probabilities",
     "attention",
@@ -34,10 +36,13 @@ __all__ = [
     "conv3x3",
     "edited_attention",
     "geglu",
+    "geglu_linear",
     "group_norm",
     "guided_attention",
     "kl_gradient",
     "kl_loss",
     "layer_norm",
+    "merge_taps",
     "regularise_noise",
+    "upsampled_conv3x3",
 ]

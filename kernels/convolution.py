@@ -21,6 +21,8 @@ _WINS = {
     3072: (FEWEST, 640, (128, 128, 64, 132, 4, 4)),
 }
 _ELSEWHERE = (128, 128, 64, 264, 8, 3)
+# For the first and the last layer, which have four channels on one side; cuDNN took up to five times as long.
+_FEW_IN, _FEW_OUT, FEW = (64, 128, 16, 264, 4, 3), (64, 16, 64, 512, 4, 3), 8
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -29,7 +31,11 @@ SUM_TILE = (512, 4)
 
 
 def _tile(positions: int, channels_in: int, channels_out: int) -> tuple[int, ...] | None:
-    """What `_WINS` says."""
+    """The tile for sizes at which the kernel was faster than cuDNN."""
+    if min(channels_in, channels_out) <= FEW and max(channels_in, channels_out) >= FEWEST:
+        return _FEW_IN if channels_in <= FEW else _FEW_OUT
+    if channels_in % 8 or channels_out % 8:  # memory cannot be read 16 bytes at a time
+        return None
     row = next((row for most, row in _WINS.items() if positions <= most), None)
     return row[2] if row and channels_in >= row[0] and FEWEST <= channels_out <= row[1] else None
 
@@ -47,6 +53,32 @@ def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, res
     """`conv2d(x, weight, bias) + residual` with a border of one zero."""
     y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), padding=1)
     return y if residual is None else y + residual
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    planar = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+    return torch.contiguous_format if planar else torch.channels_last
+
+
+class _KeepingTheWeightAlone(torch.autograd.Function):
+    """`conv3x3_reference` without a residual; PyTorch's own would keep `x` too, though only weights' gradients read it.
+
+    The weight is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        ctx.like = x.shape, x.dtype, _layout(x)
+        return conv3x3_reference(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (weight,) = ctx.saved_tensors
+        shape, dtype, memory_format = ctx.like
+        unread = torch.empty(shape, dtype=dtype, device=dy.device, memory_format=memory_format)  # its layout counts
+        settings = (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (True, False, False)
+        return torch.ops.aten.convolution_backward(dy, unread, weight, None, *settings)[0], None, None
 
 
 @triton.jit
@@ -136,10 +168,28 @@ def _sum_kernel(
     tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=mask)
 
 
-def _like(x: Tensor, channels: int) -> Tensor:
-    """A new map of so many channels, channels-last."""
-    shape = (len(x), channels, *x.shape[2:])
+def map_like(x: Tensor, channels: int, size: tuple[int, int] | None = None) -> Tensor:
+    """A new map of so many channels, channels-last; `size` is that of `x` unless given."""
+    shape = (len(x), channels, *(size or x.shape[2:]))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def sum_parts(part: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> None:
+    """Write the sum of float32 parts of a channels-last map, `[splits, ...]`, of bias and residual, to `y`."""
+    block, warps = SUM_TILE
+    launch(
+        _sum_kernel,
+        (triton.cdiv(y.numel(), block),),
+        part,
+        bias,
+        residual,
+        y,
+        y.numel() // y.shape[1],
+        y.shape[1],
+        len(part),
+        BLOCK=block,
+        num_warps=warps,
+    )
 
 
 def _launch(
@@ -152,7 +202,7 @@ def _launch(
     channels_out = weight.shape[1 if transposed else 0]
     positions = batch * height * width
     block_m, block_n, block_k, splits, warps, stages = tile or plan(positions, channels_in, channels_out)
-    y = _like(x, channels_out)
+    y = map_like(x, channels_out)
     whole = splits == 1
     part = y if whole else torch.empty(splits, positions, channels_out, dtype=torch.float32, device=x.device)
     launch(
@@ -178,20 +228,7 @@ def _launch(
         num_stages=stages,
     )
     if not whole:
-        block, warps = SUM_TILE
-        launch(
-            _sum_kernel,
-            (triton.cdiv(positions * channels_out, block),),
-            part,
-            bias,
-            residual,
-            y,
-            positions,
-            channels_out,
-            splits,
-            BLOCK=block,
-            num_warps=warps,
-        )
+        sum_parts(part, bias, residual, y)
     return y
 
 
@@ -203,7 +240,7 @@ def _conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
 
 @_conv3x3.register_fake
 def _(x, weight, bias, residual, tile):
-    return _like(x, weight.shape[0])
+    return map_like(x, weight.shape[0])
 
 
 @library_op("p2pz::conv3x3_input_gradient")
@@ -213,7 +250,7 @@ def _conv3x3_input_gradient(dy: Tensor, weight: Tensor, tile: list[int]) -> Tens
 
 @_conv3x3_input_gradient.register_fake
 def _(dy, weight, tile):
-    return _like(dy, weight.shape[1])
+    return map_like(dy, weight.shape[1])
 
 
 def _save(ctx, inputs, output):
@@ -243,7 +280,7 @@ def conv3x3(
         bias: `[Cout]`, dtype of `x`, or float32. No gradient either.
         residual: `[B, Cout, h, w]`, dtype of `x`.
         backend: `"auto"`, `"torch"` or `"triton"`. `"auto"` takes the kernel for the sizes at which it was faster, few
-            of all: maps of 8 x 8, and some of three images.
+            of all: maps of 8 x 8, some of three images, and few channels on one side.
 
     Returns:
         `[B, Cout, h, w]`, dtype of `x`. The kernel's is channels-last; it adds in float32 and rounds once.
@@ -284,9 +321,11 @@ def conv3x3(
         if name != "residual" and tensor.requires_grad and torch.is_grad_enabled():
             unsupported = f"{name} requires a gradient: the kernel gives one for x and residual only"
         tensors.append(tensor)
-    whole = channels_in % 8 == channels_out % 8 == 0  # memory can be read 16 bytes at a time
-    if backend == "auto" and not (whole and _tile(batch * height * width, channels_in, channels_out)):
+    if backend == "auto" and not _tile(batch * height * width, channels_in, channels_out):
         backend = "torch"
     if choose_triton(backend, unsupported, *tensors):
         return _conv3x3(x, weight, bias, residual, [])
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if residual is None and frozen and x.requires_grad and torch.is_grad_enabled():
+        return _KeepingTheWeightAlone.apply(x, weight, bias)
     return conv3x3_reference(x, weight, bias, residual)

@@ -16,7 +16,7 @@ MAX_ROW_WIDTH = 8192
 
 def group_norm_reference(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *,
-    silu: bool = False, shift: Tensor | None = None, residual: Tensor | None = None,
+    silu: bool = False, shift: Tensor | None = None, residual: Tensor | None = None, sum_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`x + shift + residual`, its group norm, SiLU of that; in the dtype of `x`, or of the weights if that is wider."""
     if shift is not None:
@@ -26,17 +26,22 @@ def group_norm_reference(
     wide = torch.promote_types(x.dtype, weight.dtype)
     y = F.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
     y = (F.silu(y) if silu else y).to(x.dtype)
+    if sum_bias is not None:
+        x = x + sum_bias.to(x.dtype)[:, None, None]
     return y if residual is None else (y, x)
 
 
 def layer_norm_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *,
+    residual: Tensor | None = None, sum_bias: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`x + residual` and its layer norm over the last axis, in the dtype of `x`, or of the weights if that is wider."""
     if residual is not None:
         x = x + residual
     wide = torch.promote_types(x.dtype, weight.dtype)
     y = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
+    if sum_bias is not None:
+        x = x + sum_bias.to(x.dtype)
     return y if residual is None else (y, x)
 
 
@@ -134,6 +139,7 @@ def _group_norm_kernel(
     p_bias,  # [C]
     p_shift,  # [B, C] or [C] or None
     p_residual,  # [B, P, C] or None
+    p_sum_bias,  # [C] or None: added to the sum, after the norm
     p_partial,  # [2, B, groups, chunks], mean and summed squared deviation of each chunk; None: finish here
     p_y,  # [B, P, C]
     p_sum,  # [B, P, C] or None
@@ -153,6 +159,9 @@ def _group_norm_kernel(
     b_shift = None
     if p_shift is not None:
         b_shift = _load(p_shift + i_b * stride_shift, o_c, m_c)
+    b_sum_bias = 0.0
+    if p_sum_bias is not None:
+        b_sum_bias = _load(p_sum_bias, o_c, m_c)
     # Sums of deviations from the first row, lest they cancel. Rows beyond the last repeat it: their deviation is nil.
     b_row = _load_sum(p_x, p_residual, b_shift, o_c, m_c)
     # [TOGETHER, ROWS, WIDTH]: lanes share out the last axis, then the first, so that sums of rows stay in a thread.
@@ -161,14 +170,14 @@ def _group_norm_kernel(
     if p_partial is None:
         b_weight, b_bias = _load(p_weight, o_c, m_c), _load(p_bias, o_c, m_c)
     if p_sum is not None:
-        _store(p_sum, o_x, b_x, m_c & (o_r < rows))
+        _store(p_sum, o_x, b_x + b_sum_bias, m_c & (o_r < rows))
     b_first = b_x - b_row
     b_second = b_first * b_first
     for i in range(ROWS, CHUNK, ROWS):
         o_x = tl.where(i + o_r < rows, i + o_r, 0) * C + o_c
         b_x = _load_sum(p_x, p_residual, b_shift, o_x, m_c)
         if p_sum is not None:
-            _store(p_sum, o_x, b_x, m_c & (i + o_r < rows))
+            _store(p_sum, o_x, b_x + b_sum_bias, m_c & (i + o_r < rows))
         b_off = b_x - b_row
         b_first += b_off
         b_second += b_off * b_off
@@ -192,10 +201,11 @@ def _group_norm_kernel(
 
 @triton.jit
 def _group_norm_finish_kernel(
-    p_x,  # [B, P, C], with the residual
+    p_x,  # [B, P, C], with the residual and sum_bias
     p_weight,  # [C]
     p_bias,  # [C]
     p_shift,  # [B, C] or [C] or None
+    p_sum_bias,  # [C] or None
     p_partial,  # [2, B, groups, chunks]
     p_y,  # [B, P, C]
     p_statistics,  # [2, B, groups]
@@ -229,6 +239,8 @@ def _group_norm_finish_kernel(
     b_mean, b_scale = tl.gather(b_mean, o_g, 0), tl.gather(b_rstd, o_g, 0) * b_weight
     if p_shift is not None:
         b_mean -= _load(p_shift + i_b * stride_shift, o_c, m_c)
+    if p_sum_bias is not None:
+        b_mean += _load(p_sum_bias, o_c, m_c)
     for i in range(i_p, positions, step):
         b_x = b_next.to(tl.float32)
         p_x += step * C
@@ -248,6 +260,7 @@ def _group_norm_backward_kernel(
     p_weight,  # [C]
     p_bias,  # [C]
     p_shift,  # [B, C] or [C] or None
+    p_sum_bias,  # [C] or None: is in x, but was added after the norm
     p_statistics,  # [2, B, groups]
     p_partial,  # [2, B, groups, chunks], sums of slopes and of slopes times standardised inputs; None: finish here
     p_dx,  # [B, P, C]
@@ -268,6 +281,8 @@ def _group_norm_backward_kernel(
     b_mean = tl.load(p_statistics, mask=m_g, other=0.0)
     if p_shift is not None:
         b_mean -= _load(p_shift + i_b * stride_shift, o_c, m_c)
+    if p_sum_bias is not None:
+        b_mean += _load(p_sum_bias, o_c, m_c)
     b_scale = b_rstd * b_weight
     b_off = b_x - b_mean
     b_slope = _slope(b_slope, b_off * b_scale + b_bias, SILU)
@@ -300,6 +315,7 @@ def _group_norm_backward_finish_kernel(
     p_weight,  # [C]
     p_bias,  # [C]
     p_shift,  # [B, C] or [C] or None
+    p_sum_bias,  # [C] or None: is in x, but was added after the norm
     p_statistics,  # [2, B, groups]
     p_partial,  # [2, B, groups, chunks]
     p_dx,  # [B, P, C]
@@ -326,6 +342,8 @@ def _group_norm_backward_finish_kernel(
     b_rstd = tl.load(p_statistics + tl.num_programs(2) * (C // GROUP), mask=m_c, other=0.0)
     if p_shift is not None:
         b_mean -= _load(p_shift + i_b * stride_shift, o_c, m_c)
+    if p_sum_bias is not None:
+        b_mean += _load(p_sum_bias, o_c, m_c)
     b_scale, o_g = b_rstd * b_weight, o_c // GROUP - i_c // GROUP
     b_first = tl.gather(tl.sum(b_firsts, axis=1), o_g, 0) * b_rstd / (GROUP * positions)
     b_second = tl.gather(tl.sum(b_seconds, axis=1), o_g, 0) * b_rstd * b_rstd / (GROUP * positions)
@@ -339,6 +357,7 @@ def _group_norm_backward_finish_kernel(
 def _layer_norm_kernel(
     p_x,  # [rows, C]
     p_residual,  # [rows, C] or None
+    p_sum_bias,  # [C] or None: added to the sum, after the norm
     p_weight,  # [C]
     p_bias,  # [C]
     p_y,  # [rows, C]
@@ -359,7 +378,10 @@ def _layer_norm_kernel(
         o_residual = o_r[:, None] * stride_residual + o_c[None, :]
         b_x += tl.load(p_residual + o_residual, mask=m_x, other=0.0).to(tl.float32)
         p_sum += i_r * C
-        tl.store(p_sum + o_y, b_x.to(p_sum.dtype.element_ty), mask=m_x)
+        b_sum = b_x
+        if p_sum_bias is not None:
+            b_sum += _load(p_sum_bias, o_c, m_c)[None, :]
+        tl.store(p_sum + o_y, b_sum.to(p_sum.dtype.element_ty), mask=m_x)
     b_weight = _load(p_weight, o_c, m_c)
     b_bias = _load(p_bias, o_c, m_c)
     b_mean = tl.sum(b_x, axis=1) / C
@@ -378,6 +400,7 @@ def _layer_norm_backward_kernel(
     p_dy,  # [rows, C]
     p_dsum,  # [rows, C] or None
     p_x,  # [rows, C]
+    p_sum_bias,  # [C] or None: is in x, but was added after the norm
     p_weight,  # [C]
     p_statistics,  # [2, rows]
     p_dx,  # [rows, C]
@@ -392,6 +415,8 @@ def _layer_norm_backward_kernel(
     p_dy += i_r * stride_dy
     b_x = tl.load(p_x + o_r[:, None] * stride_x + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
     b_dy = tl.load(p_dy + o_r[:, None] * stride_dy + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
+    if p_sum_bias is not None:
+        b_x -= _load(p_sum_bias, o_c, m_c)[None, :]
     p_statistics += i_r
     b_mean = tl.load(p_statistics + o_r, mask=m_r, other=0.0)[:, None]
     b_rstd = tl.load(p_statistics + rows + o_r, mask=m_r, other=0.0)[:, None]
@@ -433,7 +458,7 @@ def _launches(x: Tensor, groups: int, shift: Tensor | None, plan: list[int], bac
 @library_op("p2pz::group_norm")
 def _group_norm(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None,
-    residual: Tensor | None, plan: list[int],
+    residual: Tensor | None, sum_bias: Tensor | None, plan: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Result, sum (empty without a residual) and statistics; an empty plan means `_plan`."""
     x, residual = channels_last(x), None if residual is None else channels_last(residual)
@@ -443,6 +468,7 @@ def _group_norm(
     grid, first, finish_grid, second, partial = _launches(x, groups, shift, plan, False)
     shared = {"p_weight": unit_stride(weight), "p_bias": unit_stride(bias), "p_partial": partial, "p_y": y}
     shared |= {"p_statistics": statistics, "eps": eps, "SILU": silu}
+    shared |= {"p_sum_bias": None if sum_bias is None else unit_stride(sum_bias)}
     p_sum = None if residual is None else total
     launch(_group_norm_kernel, grid, p_x=x, p_residual=residual, p_sum=p_sum, **shared, **first)
     if partial is not None:
@@ -454,7 +480,7 @@ def _group_norm(
 
 
 @_group_norm.register_fake
-def _(x, groups, weight, bias, eps, silu, shift, residual, plan):
+def _(x, groups, weight, bias, eps, silu, shift, residual, sum_bias, plan):
     y = torch.empty_like(x, memory_format=torch.channels_last)
     total = x.new_empty(0) if residual is None else torch.empty_like(y)
     return y, total, x.new_empty((2, x.shape[0], groups), dtype=torch.float32)
@@ -463,7 +489,7 @@ def _(x, groups, weight, bias, eps, silu, shift, residual, plan):
 @library_op("p2pz::group_norm_backward")
 def _group_norm_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, groups: int, weight: Tensor, bias: Tensor, silu: bool,
-    shift: Tensor | None, statistics: Tensor, plan: list[int],
+    shift: Tensor | None, sum_bias: Tensor | None, statistics: Tensor, plan: list[int],
 ) -> Tensor:  # fmt: skip
     """Gradient of `x`; an empty plan means `_plan`."""
     dy, x, dsum = channels_last(dy), channels_last(x), None if dsum is None else channels_last(dsum)
@@ -471,6 +497,7 @@ def _group_norm_backward(
     grid, first, finish_grid, second, partial = _launches(x, groups, shift, plan, True)
     shared = {"p_dy": dy, "p_dsum": dsum, "p_x": x, "p_weight": unit_stride(weight), "p_bias": unit_stride(bias)}
     shared |= {"p_statistics": statistics, "p_partial": partial, "p_dx": dx, "SILU": silu}
+    shared |= {"p_sum_bias": None if sum_bias is None else unit_stride(sum_bias)}
     launch(_group_norm_backward_kernel, grid, **shared, **first)
     if partial is not None:
         launch(_group_norm_backward_finish_kernel, finish_grid, **shared, **second)
@@ -478,35 +505,36 @@ def _group_norm_backward(
 
 
 @_group_norm_backward.register_fake
-def _(dy, dsum, x, groups, weight, bias, silu, shift, statistics, plan):
+def _(dy, dsum, x, groups, weight, bias, silu, shift, sum_bias, statistics, plan):
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def _save_group_norm(ctx, inputs, output):
-    x, ctx.groups, weight, bias, _, ctx.silu, shift, residual, ctx.plan = inputs
+    x, ctx.groups, weight, bias, _, ctx.silu, shift, residual, sum_bias, ctx.plan = inputs
     _, total, statistics = output
     ctx.set_materialize_grads(False)
     ctx.shift_like = None if shift is None else (shift.shape, shift.dtype)
     ctx.summed = residual is not None
     if ctx.summed:
         x, shift = total, None
-    ctx.save_for_backward(x, weight, bias, shift, statistics)
+    ctx.save_for_backward(x, weight, bias, shift, sum_bias, statistics)
 
 
 def _group_norm_gradient(ctx, dy, dsum, _):
-    x, weight, bias, shift, statistics = ctx.saved_tensors
+    x, weight, bias, shift, sum_bias, statistics = ctx.saved_tensors
     needs_x, needs_shift, needs_residual = (ctx.needs_input_grad[i] for i in (0, 6, 7))
     dx = None
     if needs_x or needs_shift or needs_residual:
         dx = dsum if ctx.summed else None
         if dy is not None:
-            dx = _group_norm_backward(dy, dx, x, ctx.groups, weight, bias, ctx.silu, shift, statistics, ctx.plan)
+            behind = shift, sum_bias, statistics, ctx.plan
+            dx = _group_norm_backward(dy, dx, x, ctx.groups, weight, bias, ctx.silu, *behind)
     dshift = None
     if needs_shift and dx is not None:
         shape, dtype = ctx.shift_like
         dshift = dx.sum((0, 2, 3) if len(shape) == 1 else (2, 3), dtype=torch.float32).to(dtype)
     dx_of = [dx if needed else None for needed in (needs_x, needs_residual)]
-    return dx_of[0], None, None, None, None, None, dshift, dx_of[1], None
+    return dx_of[0], None, None, None, None, None, dshift, dx_of[1], None, None
 
 
 _group_norm.register_autograd(_group_norm_gradient, setup_context=_save_group_norm)
@@ -524,8 +552,9 @@ def _row_tile(width: int, tile: list[int]) -> dict[str, int]:
 
 @library_op("p2pz::layer_norm")
 def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, tile: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, sum_bias: Tensor | None,
+    tile: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Result, sum (empty without a residual) and statistics."""
     width = x.shape[-1]
     x_rows = unit_stride(x.reshape(-1, width))
@@ -536,22 +565,24 @@ def _layer_norm(
     shared = _row_tile(width, tile)
     launch(
         _layer_norm_kernel, (triton.cdiv(len(x_rows), shared["BLOCK_R"]),),
-        x_rows, residual_rows, unit_stride(weight), unit_stride(bias), y, None if residual is None else total,
+        x_rows, residual_rows, None if sum_bias is None else unit_stride(sum_bias), unit_stride(weight),
+        unit_stride(bias), y, None if residual is None else total,
         statistics, x_rows.stride(0), 0 if residual is None else residual_rows.stride(0), len(x_rows), eps, **shared,
     )  # fmt: skip
     return y, total, statistics
 
 
 @_layer_norm.register_fake
-def _(x, weight, bias, eps, residual, tile):
+def _(x, weight, bias, eps, residual, sum_bias, tile):
     total = x.new_empty(0 if residual is None else x.shape)
     return x.new_empty(x.shape), total, x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32)
 
 
 @library_op("p2pz::layer_norm_backward")
 def _layer_norm_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, statistics: Tensor, tile: list[int]
-) -> Tensor:
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, sum_bias: Tensor | None, statistics: Tensor,
+    tile: list[int],
+) -> Tensor:  # fmt: skip
     """Gradient of `x`."""
     width = x.shape[-1]
     x_rows, dy_rows = unit_stride(x.reshape(-1, width)), unit_stride(dy.reshape(-1, width))
@@ -560,23 +591,24 @@ def _layer_norm_backward(
     shared = _row_tile(width, tile)
     launch(
         _layer_norm_backward_kernel, (triton.cdiv(len(x_rows), shared["BLOCK_R"]),),
-        dy_rows, dsum_rows, x_rows, unit_stride(weight), statistics, dx,
+        dy_rows, dsum_rows, x_rows, None if sum_bias is None else unit_stride(sum_bias), unit_stride(weight),
+        statistics, dx,
         dy_rows.stride(0), 0 if dsum is None else dsum_rows.stride(0), x_rows.stride(0), len(x_rows), **shared,
     )  # fmt: skip
     return dx
 
 
 @_layer_norm_backward.register_fake
-def _(dy, dsum, x, weight, statistics, tile):
+def _(dy, dsum, x, weight, sum_bias, statistics, tile):
     return x.new_empty(x.shape)
 
 
 def _save_layer_norm(ctx, inputs, output):
-    x, weight, _, _, residual, ctx.tile = inputs
+    x, weight, _, _, residual, sum_bias, ctx.tile = inputs
     _, total, statistics = output
     ctx.set_materialize_grads(False)
     ctx.summed = residual is not None
-    ctx.save_for_backward(total if ctx.summed else x, weight, statistics)
+    ctx.save_for_backward(total if ctx.summed else x, weight, sum_bias, statistics)
 
 
 def _layer_norm_gradient(ctx, dy, dsum, _):
@@ -584,15 +616,20 @@ def _layer_norm_gradient(ctx, dy, dsum, _):
     dx = dsum if ctx.summed else None
     if dy is not None and (needs_x or needs_residual):
         dx = _layer_norm_backward(dy, dx, *ctx.saved_tensors, ctx.tile)
-    return dx if needs_x else None, None, None, None, dx if needs_residual else None, None
+    return dx if needs_x else None, None, None, None, dx if needs_residual else None, None, None
 
 
 _layer_norm.register_autograd(_layer_norm_gradient, setup_context=_save_layer_norm)
 
 
-def _check(x: Tensor, channels: int, weight: Tensor, bias: Tensor, residual: Tensor | None) -> str | None:
+def _check(
+    x: Tensor, channels: int, weight: Tensor, bias: Tensor, residual: Tensor | None, sum_bias: Tensor | None
+) -> str | None:
     """Check what both norms share; returns why the kernels cannot take these weights, or None."""
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    if sum_bias is not None and residual is None:
+        raise ValueError("sum_bias goes with a residual: without one, no sum is returned")
+    vectors = {"weight": weight, "bias": bias} | ({} if sum_bias is None else {"sum_bias": sum_bias})
+    for name, tensor in vectors.items():
         if tensor.shape != (channels,):
             raise ValueError(f"{name} must be {[channels]} to go with x {list(x.shape)}, not {list(tensor.shape)}")
         _check_like(name, tensor, x)
@@ -602,10 +639,8 @@ def _check(x: Tensor, channels: int, weight: Tensor, bias: Tensor, residual: Ten
         if residual.dtype != x.dtype:
             raise ValueError(f"residual is {residual.dtype}, but x is {x.dtype}: they must agree")
         _check_like("residual", residual, x)
-    if (weight.requires_grad or bias.requires_grad) and torch.is_grad_enabled():
-        name = "weight" if weight.requires_grad else "bias"
-        return f"{name} requires a gradient: the kernels give them for activations only"
-    return None
+    trained = [name for name, tensor in vectors.items() if tensor.requires_grad and torch.is_grad_enabled()]
+    return f"{trained[0]} requires a gradient: the kernels give them for activations only" if trained else None
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -618,7 +653,7 @@ def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
 
 def group_norm(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *, silu: bool = False,
-    shift: Tensor | None = None, residual: Tensor | None = None, backend: str = "auto",
+    shift: Tensor | None = None, residual: Tensor | None = None, sum_bias: Tensor | None = None, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Group norm of `x + shift + residual`, and SiLU of that if asked for.
 
@@ -630,11 +665,13 @@ def group_norm(
         silu: whether SiLU follows.
         shift: `[C]` or `[B, C]`, dtype of `x` or float32, added to every position.
         residual: `[B, C, h, w]`, dtype of `x`.
+        sum_bias: `[C]`, dtype of `x` or float32, added to the sum that is returned, not to what is normed: so it costs
+            nothing to add the bias of what `add_product` will add to this sum.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
         `[B, C, h, w]` in the dtype of `x`, channels-last from the kernel; with a residual a pair of that and
-        `x + shift + residual`.
+        `x + shift + residual + sum_bias`.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; or `"triton"` was asked for what the kernel cannot do.
@@ -647,23 +684,24 @@ def group_norm(
     batch, channels = x.shape[:2]
     if groups < 1 or channels % groups:
         raise ValueError(f"groups must be a divisor of the {channels} channels of x, not {groups}")
-    unsupported = _check(x, channels, weight, bias, residual)
+    unsupported = _check(x, channels, weight, bias, residual, sum_bias)
     if shift is not None:
         if shift.shape not in ((channels,), (batch, channels)):
             raise ValueError(f"shift must be {[channels]} or {[batch, channels]}, not {list(shift.shape)}")
         _check_like("shift", shift, x)
     if channels // groups > MAX_GROUP_WIDTH:
         unsupported = f"groups of {channels // groups} channels: up to {MAX_GROUP_WIDTH} are supported"
-    tensors = [tensor for tensor in (x, weight, bias, shift, residual) if tensor is not None]
+    added = {"shift": shift, "residual": residual, "sum_bias": sum_bias}
+    tensors = [tensor for tensor in (x, weight, bias, *added.values()) if tensor is not None]
     if not choose_triton(backend, unsupported, *tensors):
-        return group_norm_reference(x, groups, weight, bias, eps, silu=silu, shift=shift, residual=residual)
-    y, total, _ = _group_norm(channels_last(x), groups, weight, bias, eps, silu, shift, residual, [])
+        return group_norm_reference(x, groups, weight, bias, eps, silu=silu, **added)
+    y, total, _ = _group_norm(channels_last(x), groups, weight, bias, eps, silu, *added.values(), [])
     return y if residual is None else (y, total)
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *,
-    residual: Tensor | None = None, backend: str = "auto",
+    residual: Tensor | None = None, sum_bias: Tensor | None = None, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Layer norm of `x + residual` over the last axis.
 
@@ -672,10 +710,11 @@ def layer_norm(
         weight, bias: `[C]`, dtype of `x` or float32. The kernel gives no gradients for them.
         eps: added to the variance.
         residual: `[..., C]`, dtype of `x`.
+        sum_bias: `[C]`, dtype of `x` or float32, added to the sum that is returned, see `group_norm`.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
-        `[..., C]` in the dtype of `x`; with a residual a pair of that and `x + residual`.
+        `[..., C]` in the dtype of `x`; with a residual a pair of that and `x + residual + sum_bias`.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; or `"triton"` was asked for what the kernel cannot do.
@@ -685,11 +724,11 @@ def layer_norm(
     if x.ndim == 0 or 0 in x.shape:
         raise ValueError(f"x must be [..., C] with no empty axis, not {list(x.shape)}")
     width = x.shape[-1]
-    unsupported = _check(x, width, weight, bias, residual)
+    unsupported = _check(x, width, weight, bias, residual, sum_bias)
     if width > MAX_ROW_WIDTH:
         unsupported = f"rows of {width} channels: up to {MAX_ROW_WIDTH} are supported"
-    tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
+    tensors = [tensor for tensor in (x, weight, bias, residual, sum_bias) if tensor is not None]
     if not choose_triton(backend, unsupported, *tensors):
-        return layer_norm_reference(x, weight, bias, eps, residual=residual)
-    y, total, _ = _layer_norm(x, weight, bias, eps, residual, [])
+        return layer_norm_reference(x, weight, bias, eps, residual=residual, sum_bias=sum_bias)
+    y, total, _ = _layer_norm(x, weight, bias, eps, residual, sum_bias, [])
     return y if residual is None else (y, total)

@@ -1,6 +1,7 @@
-"""The end of a block: bias and residual are added in one pass."""
+"""The end of a block: bias and residual are added in one pass, or within the product before."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from p2pz.kernels.dispatch import check_bias, choose_triton, launch, library_op, tl, triton, unit_stride
@@ -113,3 +114,23 @@ def add_residual(x: Tensor, residual: Tensor, bias: Tensor | None = None, *, bac
     if choose_triton(backend, unsupported, *tensors):
         return _add_residual(x, residual, bias, [])
     return add_residual_reference(x, residual, bias)
+
+
+def add_product(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """`residual + x weight^T`, written over `residual` where no gradient is wanted: for one that nobody reads again.
+
+    A bias is best added to the residual by what has made that, see `sum_bias` of `layer_norm`: the product's own
+    routine adds either a bias or a matrix.
+
+    Args:
+        x: `[B, N, inner]`.
+        weight: `[C, inner]`, dtype of `x`.
+        residual: `[B, N, C]`, dtype of `x`.
+
+    Returns:
+        `[B, N, C]`, dtype of `x`.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, residual)):
+        return add_residual(F.linear(x, weight), residual)
+    rows = residual.flatten(0, 1)
+    return rows.addmm_(x.flatten(0, 1), weight.T).view(residual.shape)

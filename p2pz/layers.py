@@ -1,22 +1,18 @@
 """Convolutional building blocks shared by the UNet and the VAE. Parameter names are those of the diffusers layout."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2pz.kernels import add_residual, conv3x3, group_norm
+from p2pz.kernels import add_residual, conv3x3, group_norm, merge_taps, upsampled_conv3x3
 
 
-def group_normed(
-    norm: nn.GroupNorm, x: Tensor, *, silu: bool = False, shift: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Group norm of `x [B, C, h, w]` plus `shift [B, C]` plus `residual`, and SiLU of that, in one kernel if possible.
-
-    With a residual a pair of that and of the sum.
-    """
-    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, shift=shift, residual=residual)
+def group_normed(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """`p2pz.kernels.group_norm` of `x [B, C, h, w]`, with its options, by the norm's settings."""
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
 
 
 Summands = tuple[Tensor, Tensor, Tensor]
@@ -104,10 +100,18 @@ class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.register_buffer("merged", None, persistent=False)
+
+    def fuse(self) -> None:
+        """Lay the convolution out for a map that is not enlarged before, beside the weights as they are."""
+        self.merged = merge_taps(self.conv.weight)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """`[B, C, h, w]` to twice that size, or to `size` where an odd size was halved before."""
-        return self.conv(F.interpolate(x, size=size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
+        twice = 2 * x.shape[2], 2 * x.shape[3]
+        if self.merged is not None and size in (None, twice):
+            return upsampled_conv3x3(x, self.merged, self.conv.bias)
+        return self.conv(F.interpolate(x, size=size or twice, mode="nearest"))
 
 
 def to_tokens(x: Tensor) -> Tensor:

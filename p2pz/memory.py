@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from p2pz.images import same_size_groups
+from p2pz.layers import Upsample
 from p2pz.model import GIB, Model, vae_dtype
 from p2pz.schedule import whole_number
 
 # What the UNet takes for each row of its batch, in feature maps of its finest level (`[channels, h, w]` of a latent,
-# 2.5 MiB for SD 1.5 at 64 x 64 in float16), so that one number serves all sizes and dtypes. Measured on an H200 with
-# SD 1.5, 64 x 64, float16: gradient 1.30 GiB for 2 rows, forward pass 0.35 GiB for 3. Adding up all live tensors on the
-# meta device gives 29 (forward), 181 (gradient) and 54 (checkpointed) maps; the measured ones are 1.5 times that,
-# libraries' work space included. The checkpointed gradient is twice, by which an edit of 2 guided rows is estimated at
-# 2.86 GiB; 2.74 were measured.
-FORWARD, GRADIENT, CHECKPOINTED = 48.0, 266.0, 110.0
+# 2.5 MiB for SD 1.5 at 64 x 64 in float16), so that one number serves all sizes and dtypes. Adding up all live tensors
+# on the meta device gives 29 (forward), 153 (gradient) and 51 (checkpointed) maps; what was measured on an H200 with
+# SD 1.5, 64 x 64, float16, is 1.5 times that, libraries' work space included. The checkpointed gradient is twice, by
+# which an edit of 2 guided rows is estimated at 2.93 GiB.
+FORWARD, GRADIENT, CHECKPOINTED = 48.0, 225.0, 104.0
 # What an edit may keep of its inversion, see `place_of_queries`: bytes of host memory (those of one image of 512 x 512,
 # SD 1.5, float16, are 1.1 GiB for 50 steps and 2.2 for 100), or so much of a GPU's.
 MOST_ON_THE_HOST, SHARE_OF_A_GPU = round(2.25 * GIB), 1 / 9
@@ -36,7 +36,7 @@ VAE = 7.2
 MARGIN = 1.25
 # Libraries' work spaces (32 MiB for each library and stream on a Hopper), small tensors, and what the trial run before
 # a recording takes beside the memory of other graphs. With it the estimate for one image of 512 x 512, SD 1.5, float16,
-# all parts on the GPU, is 3.38 GiB for 1 guided row and 4.19 for 2; without a budget 3.37 and 3.94 were measured.
+# all parts on the GPU, is 3.37 GiB for 1 guided row and 4.05 for 2.
 FIXED = round(0.40 * GIB)
 
 
@@ -274,4 +274,5 @@ def work_for(model: Model, size: tuple[int, int], rows: int, guided_rows: int, d
 
 
 def _elements(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    laid_out = [part.merged for part in module.modules() if isinstance(part, Upsample) and part.merged is not None]
+    return sum(tensor.numel() for tensor in [*module.parameters(), *laid_out])

@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from p2pz.attention import Attend, Features, Hooks, Site, hooks_of, plain
-from p2pz.kernels import add_residual, geglu, layer_norm
+from p2pz.kernels import add_product, conv3x3, geglu_linear, layer_norm
 from p2pz.layers import (
     Downsample,
     ResnetBlock,
@@ -284,7 +284,7 @@ class GEGLU(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`[B, N, channels]` to `[B, N, inner]`."""
-        return geglu(self.proj(tokens))
+        return geglu_linear(tokens, self.proj.weight, self.proj.bias)
 
 
 class FeedForward(nn.Module):
@@ -295,8 +295,13 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, tokens: Tensor, residual: Tensor) -> Tensor:
-        """`[B, N, channels]` twice to the same shape."""
-        return add_residual(F.linear(self.net[0](tokens), self.net[2].weight), residual, self.net[2].bias)
+        """`[B, N, channels]` twice to the same shape; the residual already has `self.bias`, and may be written over."""
+        return add_product(self.net[0](tokens), self.net[2].weight, residual)
+
+    @property
+    def bias(self) -> Tensor:
+        """Of the last layer, `[channels]`."""
+        return self.net[2].bias
 
 
 class TransformerBlock(nn.Module):
@@ -317,7 +322,8 @@ class TransformerBlock(nn.Module):
         attended = self.attn1(normed, None, size, attend)
         normed, tokens = layer_norm(attended, self.norm2.weight, self.norm2.bias, residual=tokens)
         attended = self.attn2(normed, keys_values, size, attend)
-        normed, tokens = layer_norm(attended, self.norm3.weight, self.norm3.bias, residual=tokens)
+        norm3, bias = self.norm3, self.ff.bias
+        normed, tokens = layer_norm(attended, norm3.weight, norm3.bias, residual=tokens, sum_bias=bias)
         return self.ff(normed, tokens)
 
 
@@ -350,12 +356,11 @@ class SpatialTransformer(nn.Module):
     def forward(self, summands: Summands, keys_values: list[Tensor], attend: Attend) -> Tensor:
         """A residual block's `summands`, unadded, to a map `[B, C, h, w]`; `keys_values` are `[B, M, 2 * C]` each."""
         hidden, carried, bias = summands
-        normed, x = group_normed(self.norm, hidden, shift=bias, residual=carried)
+        normed, x = group_normed(self.norm, hidden, shift=bias, residual=carried, sum_bias=self.proj_out.bias)
         tokens = pointwise(self.proj_in, to_tokens(normed))
         for block, own in zip(self.transformer_blocks, keys_values, strict=True):
             tokens = block(tokens, own, x.shape[2:], attend)
-        tokens = F.linear(tokens, self.proj_out.weight.flatten(1))
-        return to_map(add_residual(tokens, to_tokens(x), self.proj_out.bias), *x.shape[2:])
+        return to_map(add_product(tokens, self.proj_out.weight.flatten(1), to_tokens(x)), *x.shape[2:])
 
 
 class Level(nn.Module):
@@ -489,9 +494,9 @@ class UNet(nn.Module):
         self._cross_attentions = [layer for layer in self._attentions if layer.kind == "cross"]
 
     def fuse(self) -> None:
-        """Lay projections that read the same tokens out as one matrix; once the weights are in their final place."""
+        """Lay weights out as they are read fastest; once they are in their final place."""
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, (Attention, Upsample)):
                 module.fuse()
 
     @property
@@ -621,7 +626,7 @@ class UNet(nn.Module):
                 return layer(*inputs)
             return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-        x = self.conv_in(latents)
+        x = conv3x3(latents, self.conv_in.weight, self.conv_in.bias)
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
@@ -639,4 +644,5 @@ class UNet(nn.Module):
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, tuple(skips[-1].shape[2:]))
 
-        return self.conv_out(group_normed(self.conv_norm_out, x, silu=True))
+        normed = group_normed(self.conv_norm_out, x, silu=True)
+        return conv3x3(normed, self.conv_out.weight, self.conv_out.bias)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from p2pz.kernels import convolution
 from p2pz.kernels.convolution import conv3x3, conv3x3_reference
@@ -76,15 +77,22 @@ def test_conv3x3(shape, channels_out, dtype, bias_dtype, has_residual, tile, dev
     check(x, weight, bias, residual if has_residual else None, slope, assert_close, tile)
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 8, 8), (3, 64, 8, 8), (1, 24, 19, 13), (1, 8, 41, 25)], ids=str)
-def test_every_row_of_the_plan(shape, device, assert_close):
-    check(*inputs(shape, 16, device), assert_close)
+@pytest.mark.parametrize(
+    ("shape", "channels_out"),
+    [
+        *(((1, 64, 8, 8), 16), ((3, 64, 8, 8), 16), ((1, 24, 19, 13), 16), ((1, 8, 41, 25), 16)),
+        *(((2, 4, 7, 5), 72), ((2, 72, 7, 5), 4), ((1, 5, 3, 3), 64)),  # the first and the last layer
+    ],
+    ids=str,
+)
+def test_every_row_of_the_plan(shape, channels_out, device, assert_close):
+    check(*inputs(shape, channels_out, device), assert_close)
 
 
 def test_plan():
     """No split is empty, whatever the channels."""
     for positions in (1, 64, 192, 256, 512, 768, 1024, 4096, 1 << 20):
-        for channels_in, channels_out in ((1, 1), (64, 8), (320, 640), (2560, 1280), (1280, 2560)):
+        for channels_in, channels_out in ((1, 1), (64, 8), (4, 320), (320, 640), (2560, 1280), (1280, 2560)):
             _, _, block_k, splits, *_ = convolution.plan(positions, channels_in, channels_out)
             assert 1 <= splits <= 9 * -(-channels_in // block_k)
 
@@ -252,8 +260,11 @@ def test_trainable_parameters_are_left_to_torch(trained, device, assert_close):
         (2, 64, 64, 16, "torch"),
         (1, 64, 64, 64, "torch"),
         (17, 64, 64, 8, "torch"),
-        (1, 4, 64, 8, "torch"),
-        (1, 64, 4, 8, "torch"),
+        (1, 4, 64, 8, "auto"),
+        (1, 64, 4, 8, "auto"),
+        (2, 4, 64, 24, "auto"),
+        (1, 4, 56, 8, "torch"),
+        (1, 16, 64, 8, "torch"),
         (1, 68, 64, 8, "torch"),
     ],
 )
@@ -262,3 +273,72 @@ def test_auto_is_for_the_sizes_where_the_kernel_won(batch, channels_in, channels
     monkeypatch.setattr(convolution, "choose_triton", lambda backend, *_: chosen.append(backend))
     conv3x3(torch.zeros(batch, channels_in, side, side), torch.zeros(channels_out, channels_in, 3, 3))
     assert chosen == [backend]
+
+
+LAYOUTS = [channels_last, torch.Tensor.contiguous]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "channels_out", "dtype"),
+    [((2, 4, 5, 3), 6, torch.float64), ((1, 8, 1, 1), 4, torch.float32), ((2, 8, 3, 4), 8, torch.float16)],
+    ids=str,
+)
+def test_frozen_weights_keep_no_map(shape, channels_out, dtype, has_bias, layout):
+    """Where a gradient to x alone is wanted, the weight is all that it needs."""
+    x, weight, bias, _, slope = (layout(t) if t.ndim == 4 else t for t in inputs(shape, channels_out, "cpu", dtype))
+    bias = bias if has_bias else None
+    x.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = conv3x3(x, weight, bias)
+    assert [tensor.data_ptr() for tensor in kept] == [weight.data_ptr()]
+    expected = F.conv2d(x, weight, bias, padding=1)
+    assert torch.equal(y, expected)
+    actual, wanted = (torch.autograd.grad(result, x, slope)[0] for result in (y, expected))
+    assert torch.equal(actual, wanted) and actual.dtype == dtype and actual.stride() == wanted.stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_trained_weights_have_gradients(has_bias, layout, assert_close):
+    x, weight, bias, _, slope = (layout(t) if t.ndim == 4 else t for t in inputs((2, 4, 5, 3), 6, "cpu", torch.float64))
+    tensors = [tensor.requires_grad_() for tensor in ((x, weight, bias) if has_bias else (x, weight))]
+    y, expected = conv3x3(*tensors), F.conv2d(*tensors, padding=1)
+    ours, theirs = (torch.autograd.grad(result, tensors, slope) for result in (y, expected))
+    for actual, wanted in zip((y, *ours), (expected, *theirs), strict=True):
+        assert_close(actual, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_frozen_weights_with_trained_others(has_residual):
+    """A bias that is trained and a residual have their gradients, whatever is kept."""
+    x, weight, bias, residual, slope = inputs((1, 4, 3, 3), 4, "cpu", torch.float64)
+    for wanted in ((x, bias, residual), (x, residual), (bias,)) if has_residual else ((x, bias), (bias,)):
+        for tensor in (x, bias, residual):
+            tensor.requires_grad_(any(tensor is other for other in wanted))
+        y, expected = conv3x3(x, weight, bias, residual if has_residual else None), F.conv2d(x, weight, bias, padding=1)
+        expected = expected + residual if has_residual else expected
+        for actual, other in zip(
+            *(torch.autograd.grad(result, wanted, slope) for result in (y, expected)), strict=True
+        ):
+            torch.testing.assert_close(actual, other)
+
+
+def test_frozen_weights_differentiate_twice():
+    x, weight, bias, _, _ = inputs((1, 2, 3, 2), 2, "cpu", torch.float64)
+    assert torch.autograd.gradcheck(lambda x: conv3x3(x, weight, bias), (x.requires_grad_(),))
+    assert torch.autograd.gradgradcheck(lambda x: conv3x3(x, weight, bias).square(), (x,))
+
+
+def test_frozen_weights_compile_as_one_graph(assert_close):
+    def scaled(x, weight, bias, residual):
+        return 2 * conv3x3(x * 3, weight, bias)
+
+    torch._dynamo.reset()
+    x, weight, bias, _, slope = inputs((2, 4, 3, 2), 4, "cpu", torch.float32)
+    compiled = torch.compile(scaled, backend="aot_eager", fullgraph=True)
+    tensors = x, weight, bias, None, slope
+    for actual, expected in zip(results(compiled, *tensors), results(scaled, *tensors), strict=True):
+        assert_close(actual, expected)

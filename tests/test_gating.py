@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from p2pz.kernels import gating
-from p2pz.kernels.gating import geglu, geglu_reference
+from p2pz.kernels.gating import geglu, geglu_linear, geglu_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -185,3 +185,182 @@ def test_a_trainable_bias_is_left_to_torch(device, assert_close):
     assert torch.autograd.grad(y.sum(), bias)[0].norm() > 0
     with torch.no_grad():
         assert_close(geglu(x, bias, backend="triton"), y)
+
+
+def projection(shape, inner, device, dtype=torch.float16):
+    """x, weight and bias."""
+    width = shape[-1]
+    x, weight = torch.randn(shape, device=device), torch.randn(2 * inner, width, device=device) / width**0.5
+    return x.to(dtype), weight.to(dtype), torch.randn(2 * inner, device=device).to(dtype)
+
+
+def two_steps(x, weight, bias):
+    return geglu_reference(F.linear(x, weight, bias))
+
+
+def check_linear(x, weight, bias, assert_close, tile=None):
+    """The kernel against float64, and against the error of a product and a gating in the dtype of x."""
+    bound, slack = BOUNDS[x.dtype]
+    ours = gating._geglu_linear(x, weight, bias, tile) if tile else geglu_linear(x, weight, bias, backend="triton")
+    exact = two_steps(x.double(), weight.double(), bias.double())
+    plain_error = ((two_steps(x, weight, bias).double() - exact).norm() / exact.norm()).item()
+    assert ours.dtype == x.dtype and ours.is_contiguous()
+    assert_close(ours, exact, min(bound, 2 * plain_error + slack))
+
+
+@pytest.mark.parametrize(
+    ("shape", "inner", "dtype", "tile"),
+    [  # tile: rows, columns, steps of the sum, warps, stages
+        ((128, 64), 64, torch.float16, None),
+        ((2, 67, 72), 88, torch.float16, None),  # nothing is a multiple
+        ((2, 5, 3, 136), 8, torch.bfloat16, None),
+        ((8,), 8, torch.float16, None),
+        ((147, 40), 40, torch.float16, [16, 16, 16, 4, 2]),  # ten blocks of rows: eight together, and two
+        ((3, 33, 80), 200, torch.bfloat16, [64, 128, 32, 4, 3]),
+        ((1, 50, 24), 72, torch.bfloat16, [32, 32, 64, 4, 4]),
+    ],
+    ids=str,
+)
+def test_geglu_linear(shape, inner, dtype, tile, device, assert_close):
+    check_linear(*projection(shape, inner, device, dtype), assert_close, tile)
+
+
+def test_geglu_linear_rounds_once(device):
+    """In float16, 2048 + 1 is 2048: the sum of both small terms would be lost."""
+    x, one = torch.ones(3, 8, device=device).half(), torch.ones(16, device=device).half()
+    weight = torch.zeros(16, 8, device=device).half()
+    weight[:8, 0], weight[:8, 1], weight[8:] = 2048, 1, 0
+    bias = one.clone()
+    bias[8:] = 16  # an open gate: nothing of the bell is above it
+    assert (geglu_linear(x, weight, bias, backend="triton") == 2050 * 16).all()
+
+
+def test_geglu_linear_layouts(device):
+    """Memory that is not contiguous is copied."""
+    x, weight, bias = projection((2, 6, 40), 24, device)
+    wanted = geglu_linear(x, weight, bias, backend="triton")
+    layouts = (
+        lambda tensor: torch.cat([tensor, tensor, tensor], -1)[..., 40:80],
+        lambda tensor: tensor.mT.contiguous().mT,
+        lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda tensor: tensor.repeat_interleave(2, 0)[::2],
+    )
+    for layout in layouts:
+        y = geglu_linear(layout(x), layout(weight), bias.repeat_interleave(2)[::2], backend="triton")
+        assert torch.equal(y, wanted) and y.is_contiguous()
+    assert torch.equal(geglu_linear(x[0].mT.contiguous().mT, weight, bias, backend="triton"), wanted[0])
+
+
+def test_geglu_linear_opcheck(device):
+    x, weight, bias = projection((2, 3, 24), 16, device)
+    torch.library.opcheck(gating._geglu_linear, (x, weight, bias, []))
+    torch.library.opcheck(gating._geglu_linear, (x.transpose(0, 1), weight, bias, [16, 16, 16, 4, 2]))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=gpu_only)])
+def test_geglu_linear_compiles_as_one_graph(compiler, device, assert_close):
+    def scaled(x, weight, bias):
+        return 2 * geglu_linear(x * 3, weight, bias, backend="triton")
+
+    torch._dynamo.reset()
+    tensors = projection((3, 40), 16, device)
+    assert_close(torch.compile(scaled, backend=compiler, fullgraph=True)(*tensors), scaled(*tensors), 1e-3)
+
+
+@gpu_only
+@pytest.mark.parametrize("shape", [(2, 4096, 320), (3, 1024, 640), (2, 256, 1280)], ids=str)
+def test_geglu_linear_at_sd_shapes(shape, device, assert_close):
+    for dtype in (torch.float16, torch.bfloat16):
+        check_linear(*projection(shape, 4 * shape[-1], device, dtype), assert_close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_geglu_linear_on_the_cpu(dtype, monkeypatch):
+    """`auto` takes two steps, whether gradients are wanted or not, and those of all three tensors are to be had."""
+    monkeypatch.setattr(gating, "_geglu_linear", None)
+    tensors = projection((2, 3, 16), 8, "cpu", dtype)
+    assert torch.equal(geglu_linear(*tensors), geglu(F.linear(*tensors)))
+    for tensor in tensors:
+        tensor.requires_grad_()
+    y, expected = geglu_linear(*tensors), two_steps(*tensors)
+    slope = torch.randn_like(y)
+    ours, wanted = (torch.autograd.grad(result, tensors, slope) for result in (y, expected))
+    for actual, other in zip((y, *ours), (expected, *wanted), strict=True):
+        assert torch.equal(actual, other)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_geglu_linear_leaves_gradients_to_torch(trained, device, assert_close):
+    """The kernel gives none: it refuses, unless none is recorded."""
+    tensors = projection((3, 16), 8, device)
+    tensors[trained].requires_grad_()
+    with pytest.raises(ValueError, match="a gradient is wanted: the kernel gives none"):
+        geglu_linear(*tensors, backend="triton")
+    y = geglu_linear(*tensors)
+    assert torch.autograd.grad(y.sum(), tensors[trained])[0].norm() > 0
+    with torch.no_grad():
+        assert_close(geglu_linear(*tensors, backend="triton"), y, 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x": torch.zeros(())}, r"x must be \[\.\.\., width\] with no empty axis, not \[\]"),
+        ({"x": torch.zeros(0, 8)}, "no empty axis"),
+        ({"weight": torch.zeros(16, 6)}, r"weight must be \[2 \* inner, 8\] to go with x \[3, 8\], not \[16, 6\]"),
+        ({"weight": torch.zeros(15, 8)}, "weight must be"),
+        ({"weight": torch.zeros(0, 8)}, "weight must be"),
+        ({"weight": torch.zeros(16, 8, 1)}, "weight must be"),
+        ({"weight": torch.zeros(16, 8).half()}, "weight is torch.float16 on cpu, but x is torch.float32 on cpu"),
+        ({"weight": torch.zeros(16, 8, device="meta")}, "weight is torch.float32 on meta.*must agree"),
+        ({"bias": torch.zeros(8)}, r"bias must be \[16\] to go with weight \[16, 8\], not \[8\]"),
+        ({"bias": torch.zeros(16).half()}, "bias is torch.float16"),
+        ({"backend": "cuda"}, "backend must be"),
+        ({"backend": "triton"}, "torch.float32 is not supported: halves are"),
+        (
+            {"x": torch.zeros(3, 4), "weight": torch.zeros(16, 4), "backend": "triton"},
+            "16 x 4 weights: multiples of 16 and 8 are supported",
+        ),
+        (
+            {"weight": torch.zeros(24, 8), "bias": torch.zeros(24), "backend": "triton"},
+            "24 x 8 weights: multiples of 16 and 8 are supported",
+        ),
+    ],
+    ids=str,
+)
+def test_geglu_linear_refuses(options, message):
+    arguments = {"x": torch.zeros(3, 8), "weight": torch.zeros(16, 8), "bias": torch.zeros(16)}
+    with pytest.raises(ValueError, match=message):
+        geglu_linear(**(arguments | options))
+
+
+def test_geglu_linear_without_descriptors(monkeypatch):
+    """As with a Triton before 3.4."""
+    monkeypatch.setattr(gating, "TensorDescriptor", None)
+    tensors = projection((3, 16), 8, "cpu")
+    with pytest.raises(ValueError, match=r"Triton 3\.4 or newer is needed"):
+        geglu_linear(*tensors, backend="triton")
+    assert torch.equal(geglu_linear(*tensors), geglu(F.linear(*tensors)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "capability", "backend"),
+    [
+        (2048, 640, (9, 0), "auto"),
+        (4096, 8, (9, 0), "auto"),
+        (2047, 8, (9, 0), "torch"),
+        (2048, 648, (9, 0), "torch"),
+        (2048, 8, (8, 0), "torch"),
+        (2048, 8, (10, 0), "torch"),
+    ],
+)
+def test_auto_is_for_the_sizes_where_the_kernel_won(rows, width, capability, backend, monkeypatch):
+    class OnAGpu(torch.Tensor):
+        is_cuda = True
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(gating, "choose_triton", lambda backend, *_: chosen.append(backend))
+    x = torch.zeros(rows, width).as_subclass(OnAGpu)
+    geglu_linear(x, torch.zeros(16, width), torch.zeros(16))
+    assert chosen[0] == backend

@@ -436,7 +436,7 @@ def stable_diffusion():
 @pytest.mark.parametrize(
     ("preset", "guided_rows", "plans"),
     [
-        ("p2pz", 1, ((4.0, False, False), (3.1, True, False), (2.8, True, True))),
+        ("p2pz", 1, ((4.0, False, False), (3.1, True, False), (2.9, True, True))),
         ("diffusers", 2, ((4.2, False, False), (4.0, True, False), (3.0, True, True))),
     ],
 )

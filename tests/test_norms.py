@@ -75,6 +75,7 @@ def group_arguments(shape, groups, dtype, device, shift=None, residual=False, si
         arguments["shift"] = draw(*((batch, channels) if shift == "image" else (channels,))).to(dtype)
     if residual:
         arguments["residual"] = draw(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
+        arguments["sum_bias"] = draw(channels).to(weights or dtype)
     return arguments
 
 
@@ -205,7 +206,7 @@ def test_group_norm_reference_by_hand(device, assert_close):
     arguments = upcast(group_arguments((2, 6, 3, 4), 2, torch.float32, device, "image", True, True))
     y, total = group_norm_reference(**arguments)
     expected = arguments["x"] + arguments["shift"][:, :, None, None] + arguments["residual"]
-    assert_close(total, expected, 1e-12)
+    assert_close(total, expected + arguments["sum_bias"][:, None, None], 1e-12)
     for image in range(2):
         for group in range(2):
             part = slice(3 * group, 3 * group + 3)
@@ -259,7 +260,11 @@ def layer_arguments(shape, dtype, device, residual=False, weights=None):
     x = draw(*shape) * (0.5 + draw(*shape[:-1], 1).abs()) + draw(*shape[:-1], 1)
     weight, bias = draw(2, shape[-1]).to(weights or dtype)
     arguments = {"x": x.to(dtype), "weight": weight, "bias": bias}
-    return arguments | {"residual": draw(*shape).to(dtype)} if residual else arguments
+    if residual:
+        arguments["residual"] = draw(*shape).to(dtype)
+    if residual and shape[-1] > 1:  # rows of one have no spread, so rounding would show 1 / sqrt(eps) times
+        arguments["sum_bias"] = draw(shape[-1]).to(weights or dtype)
+    return arguments
 
 
 @pytest.mark.parametrize(
@@ -338,18 +343,18 @@ def test_opcheck(requires_grad, device):
     arguments = group_arguments((2, 12, 3, 3), 3, torch.float32, device, "image", True)
     x, shift, residual = (arguments[name].requires_grad_(requires_grad) for name in ("x", "shift", "residual"))
     weight, bias = arguments["weight"], arguments["bias"]
-    torch.library.opcheck(norms._group_norm, (x, 3, weight, bias, 1e-5, True, shift, residual, []))
-    torch.library.opcheck(norms._group_norm, (x, 3, weight, bias, 1e-5, False, None, None, PARTS))
+    torch.library.opcheck(norms._group_norm, (x, 3, weight, bias, 1e-5, True, shift, residual, weight, []))
+    torch.library.opcheck(norms._group_norm, (x, 3, weight, bias, 1e-5, False, None, None, None, PARTS))
     rows = x.detach().permute(0, 2, 3, 1).contiguous().requires_grad_(requires_grad)
-    torch.library.opcheck(norms._layer_norm, (rows, weight, bias, 1e-5, None, []))
-    torch.library.opcheck(norms._layer_norm, (rows, weight, bias, 1e-5, 2 * rows.detach(), []))
+    torch.library.opcheck(norms._layer_norm, (rows, weight, bias, 1e-5, None, None, []))
+    torch.library.opcheck(norms._layer_norm, (rows, weight, bias, 1e-5, 2 * rows.detach(), bias, []))
     if not requires_grad:
         statistics = torch.rand(2, 2, 3, device=device)
         torch.library.opcheck(
-            norms._group_norm_backward, (x, residual, x, 3, weight, bias, True, shift, statistics, PARTS)
+            norms._group_norm_backward, (x, residual, x, 3, weight, bias, True, shift, None, statistics, PARTS)
         )
         statistics = torch.rand(2, 18, device=device)
-        torch.library.opcheck(norms._layer_norm_backward, (rows, None, rows, weight, statistics, []))
+        torch.library.opcheck(norms._layer_norm_backward, (rows, None, rows, weight, bias, statistics, []))
 
 
 def both(x, weight, bias, shift, residual):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from p2pz.kernels import residual
-from p2pz.kernels.residual import add_residual, add_residual_reference
+from p2pz.kernels.residual import add_product, add_residual, add_residual_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -161,3 +161,77 @@ def test_a_trainable_bias_is_left_to_torch(device, assert_close):
     assert torch.equal(torch.autograd.grad(y.sum(), bias)[0], torch.full_like(bias, 3))
     with torch.no_grad():
         assert_close(add_residual(x, x, bias, backend="triton"), y)
+
+
+def as_it_is(tensor):
+    return tensor
+
+
+def from_a_map(tensor):
+    """The same tokens as a view of a map `[B, C, h * w]`: the two first axes cannot be one in place."""
+    return tensor.mT.contiguous().mT
+
+
+def from_wider_tokens(tensor):
+    return torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]]
+
+
+def product_inputs(shape, inner, device, dtype):
+    """x, weight and residual."""
+    x = torch.randn(*shape[:2], inner, device=device).to(dtype)
+    weight = torch.randn(shape[-1], inner, device=device) / inner**0.5
+    return x, weight.to(dtype), torch.randn(shape, device=device).to(dtype)
+
+
+def plain_product(x, weight, residual):
+    return residual + x @ weight.T
+
+
+@pytest.mark.parametrize("layout", [as_it_is, from_a_map, from_wider_tokens])
+@pytest.mark.parametrize("shape", [(2, 6, 24), (1, 15, 8), (3, 1, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [*BOUNDS, torch.float64], ids=str)
+def test_add_product(shape, dtype, layout, device, assert_close):
+    """Without a gradient: right whatever the memory; that of contiguous tokens is written over."""
+    x, weight, other = product_inputs(shape, 40, device, dtype)
+    exact = plain_product(x.double(), weight.double(), other.double())
+    plain_error = ((plain_product(x, weight, other).double() - exact).norm() / exact.norm()).item()
+    bound, slack = BOUNDS.get(dtype, (1e-12, 1e-15))
+    for tokens in (x, layout(x)):
+        tensor = layout(other.clone())
+        y = add_product(tokens, weight, tensor)
+        assert y.dtype == dtype and not y.requires_grad
+        assert_close(y, exact, min(bound, 2 * plain_error + slack))
+        if layout is as_it_is:
+            assert y.data_ptr() == tensor.data_ptr() and y.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", [as_it_is, from_a_map])
+@pytest.mark.parametrize("wanted", [(0, 2), (0,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_gradients_of_a_product(dtype, wanted, layout, device, assert_close):
+    """Those of the plain formula; the residual is left alone."""
+    tensors = [layout(tensor) for tensor in product_inputs((2, 6, 24), 16, device, dtype)]
+    for i in wanted:
+        tensors[i].requires_grad_()
+    before = tensors[2].detach().clone()
+    y = add_product(*tensors)
+    assert torch.equal(tensors[2].detach(), before) and y.data_ptr() != tensors[2].data_ptr()
+    exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in tensors]
+    expected, slope = plain_product(*exact), torch.randn(2, 6, 24, device=device).to(dtype)
+    bound, _ = BOUNDS.get(dtype, (1e-12, 0))
+    assert_close(y, expected, bound)
+    ours = torch.autograd.grad(y, [tensors[i] for i in wanted], slope)
+    theirs = torch.autograd.grad(expected, [exact[i] for i in wanted], slope.double())
+    for i, actual, other in zip(wanted, ours, theirs, strict=True):
+        assert actual.dtype == dtype, i
+        assert_close(actual, other, bound)
+
+
+def test_a_product_without_recording(device, assert_close):
+    """Parameters that could be trained do not matter where nothing is recorded."""
+    x, weight, other = (tensor.requires_grad_() for tensor in product_inputs((2, 3, 8), 16, device, torch.float32))
+    expected = plain_product(x, weight, other).detach()
+    with torch.no_grad():
+        y = add_product(x, weight, other.detach())
+    assert not y.requires_grad and y.data_ptr() == other.data_ptr()
+    assert_close(y, expected)

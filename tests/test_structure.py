@@ -22,8 +22,8 @@ LAYERS = {  # a module may import from its own package only modules of lower lay
 
 
 KERNEL_LAYERS = {
-    "dispatch": 0, "tiles": 1, "gating": 1, "norms": 1, "regulariser": 1, "residual": 1, "convolution": 2,
-    "cross_attention": 2, "self_attention": 3, "map_guidance": 3, "map_editing": 4, "__init__": 5,
+    "dispatch": 0, "tiles": 1, "norms": 1, "regulariser": 1, "residual": 1, "convolution": 2, "gating": 2,
+    "cross_attention": 2, "upsampling": 3, "self_attention": 3, "map_guidance": 3, "map_editing": 4, "__init__": 5,
 }  # fmt: skip
 
 
