@@ -250,19 +250,25 @@ def _geglu_linear_kernel(
     d_y.store([i_r, i_c], (b_value * b_gate * b_cdf).to(d_y.dtype))
 
 
+def _for_a_descriptor(tensor: Tensor) -> Tensor:
+    """The tensor itself if it is contiguous and begins at a multiple of 16 bytes, else a copy that does."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 @library_op("p2pz::geglu_linear")
 def _geglu_linear(x: Tensor, weight: Tensor, bias: Tensor, tile: list[int]) -> Tensor:
     """`tile` overrides `PRODUCT_TILE` unless it is empty."""
     inner, width = len(weight) // 2, weight.shape[1]
     block_r, block_c, block_k, warps, stages = tile or PRODUCT_TILE
     y = torch.empty((*x.shape[:-1], inner), dtype=x.dtype, device=x.device)
-    x_rows = x.reshape(-1, width).contiguous()
+    x_rows, weight = _for_a_descriptor(x.reshape(-1, width)), _for_a_descriptor(weight)
     grid = (triton.cdiv(len(x_rows), block_r) * triton.cdiv(inner, block_c),)
     launch(
         _geglu_linear_kernel,
         grid,
         TensorDescriptor.from_tensor(x_rows, [block_r, block_k]),
-        TensorDescriptor.from_tensor(weight.contiguous().view(2, inner, width), [2, block_c, block_k]),
+        TensorDescriptor.from_tensor(weight.view(2, inner, width), [2, block_c, block_k]),
         bias.contiguous(),
         TensorDescriptor.from_tensor(y.view(-1, inner), [block_r, block_c]),
         len(x_rows),

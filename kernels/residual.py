@@ -125,7 +125,7 @@ def add_product(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     Args:
         x: `[B, N, inner]`.
         weight: `[C, inner]`, dtype of `x`.
-        residual: `[B, N, C]`, dtype of `x`.
+        residual: `[B, N, C]`, dtype of `x`, of memory of its own.
 
     Returns:
         `[B, N, C]`, dtype of `x`.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p2pz.kernels.convolution import KERNEL_DTYPES, map_like, sum_parts
-from p2pz.kernels.dispatch import channels_last, check_bias, choose_triton, launch, library_op, tl, triton
+from p2pz.kernels.dispatch import channels_last, choose_triton, launch, library_op, tl, triton
 from p2pz.kernels.tiles import dot
 
 # Positions of the small map (B * h * w) up to: BLOCK_M, BLOCK_N, BLOCK_K; programs to aim at; warps; stages. Found on
@@ -244,8 +244,8 @@ def upsampled_conv3x3(x: Tensor, merged: Tensor, bias: Tensor, *, backend: str =
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x must be [B, Cin, h, w] with no empty axis, not {list(x.shape)}")
     batch, channels_in, height, width = x.shape
-    fits = merged.ndim == 6 and len(merged.flatten()) and merged.shape[3:] == (2, 2, channels_in)
-    if not fits or merged.shape[:2] != (2, 2):
+    fits = merged.ndim == 6 and merged.shape[:2] == (2, 2) and merged.shape[3:] == (2, 2, channels_in)
+    if not fits or merged.shape[2] == 0:
         raise ValueError(
             f"merged must be [2, 2, Cout, 2, 2, {channels_in}] to go with x {list(x.shape)}, not {list(merged.shape)}"
         )
@@ -254,13 +254,21 @@ def upsampled_conv3x3(x: Tensor, merged: Tensor, bias: Tensor, *, backend: str =
             f"merged is {merged.dtype} on {merged.device}, but x is {x.dtype} on {x.device}: they must agree"
         )
     channels_out = merged.shape[2]
-    unsupported = check_bias(bias, x.new_empty(()).expand(channels_out))
-    if x.dtype not in KERNEL_DTYPES:
-        unsupported = f"{x.dtype} is not supported: float16 and bfloat16 are"
+    if bias.shape != (channels_out,):
+        raise ValueError(
+            f"bias must be {[channels_out]} to go with merged {list(merged.shape)}, not {list(bias.shape)}"
+        )
+    if bias.dtype not in (x.dtype, torch.float32) or bias.device != x.device:
+        raise ValueError(
+            f"bias is {bias.dtype} on {bias.device}, but x is {x.dtype} on {x.device}: its dtype must be that of x "
+            "or float32, its device the same"
+        )
+    unsupported = None if x.dtype in KERNEL_DTYPES else f"{x.dtype} is not supported: float16 and bfloat16 are"
     if 4 * batch * height * width * max(channels_in, channels_out) >= 1 << 31:
         unsupported = "maps of 2^31 elements or more are not supported"
-    if merged.requires_grad and torch.is_grad_enabled():
-        unsupported = "merged requires a gradient: the kernel gives one for x only"
+    for name, tensor in (("merged", merged), ("bias", bias)):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            unsupported = f"{name} requires a gradient: the kernel gives one for x only"
     if backend == "auto" and (channels_in % 8 or channels_out % 8):  # memory cannot be read 16 bytes at a time
         backend = "torch"
     if choose_triton(backend, unsupported, x, merged, bias):

@@ -15,6 +15,17 @@ def group_normed(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor | tupl
     return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
 
 
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution with a border of one zero, by `p2pz.kernels.conv3x3`."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, in_channels, h, w]` to `[B, out_channels, h, w]`."""
+        return conv3x3(x, self.weight, self.bias)
+
+
 Summands = tuple[Tensor, Tensor, Tensor]
 """See `ResnetBlock.summands`."""
 

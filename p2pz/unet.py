@@ -11,8 +11,9 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from p2pz.attention import Attend, Features, Hooks, Site, hooks_of, plain
-from p2pz.kernels import add_product, conv3x3, geglu_linear, layer_norm
+from p2pz.kernels import add_product, geglu_linear, layer_norm
 from p2pz.layers import (
+    Conv3x3,
     Downsample,
     ResnetBlock,
     Summands,
@@ -458,7 +459,7 @@ class UNet(nn.Module):
             if len(entries) != levels:
                 raise ValueError(f"a UNet of {levels} levels takes as many entries for them, not {entries}")
 
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, channels[0])
         self.time_embedding = TimeEmbedding(channels[0], 4 * channels[0])
         if config.pooled_channels:
             added = config.pooled_channels + SIZE_NUMBERS * config.size_channels
@@ -486,7 +487,7 @@ class UNet(nn.Module):
             self.up_blocks.append(Level(widths, level, config, f"up_blocks.{i}", resample))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(channels[0], config.out_channels)
 
         # In the order in which they run.
         self._residual_blocks = [module for module in self.modules() if isinstance(module, ResnetBlock)]
@@ -626,7 +627,7 @@ class UNet(nn.Module):
                 return layer(*inputs)
             return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-        x = conv3x3(latents, self.conv_in.weight, self.conv_in.bias)
+        x = self.conv_in(latents)
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
@@ -644,5 +645,4 @@ class UNet(nn.Module):
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, tuple(skips[-1].shape[2:]))
 
-        normed = group_normed(self.conv_norm_out, x, silu=True)
-        return conv3x3(normed, self.conv_out.weight, self.conv_out.bias)
+        return self.conv_out(group_normed(self.conv_norm_out, x, silu=True))

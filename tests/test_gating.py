@@ -249,6 +249,8 @@ def test_geglu_linear_layouts(device):
         y = geglu_linear(layout(x), layout(weight), bias.repeat_interleave(2)[::2], backend="triton")
         assert torch.equal(y, wanted) and y.is_contiguous()
     assert torch.equal(geglu_linear(x[0].mT.contiguous().mT, weight, bias, backend="triton"), wanted[0])
+    late = (torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape) for tensor in (x, weight))
+    assert torch.equal(geglu_linear(*late, bias, backend="triton"), wanted)  # does not begin at 16 bytes
 
 
 def test_geglu_linear_opcheck(device):

@@ -272,7 +272,7 @@ def test_sd_shapes(batch, side, channels, device, assert_close):
         ({"merged": torch.zeros(2, 2, 0, 2, 2, 8)}, "merged must be"),
         ({"merged": torch.zeros(2, 2, 4, 2, 2, 8).half()}, "merged is torch.float16 on cpu, but x is torch.float32"),
         ({"merged": torch.zeros(2, 2, 4, 2, 2, 8, device="meta")}, "merged is torch.float32 on meta.*must agree"),
-        ({"bias": torch.zeros(8)}, r"bias must be \[4\].*not \[8\]"),
+        ({"bias": torch.zeros(8)}, r"bias must be \[4\] to go with merged \[2, 2, 4, 2, 2, 8\], not \[8\]"),
         ({"bias": torch.zeros(4).half()}, "bias is torch.float16.*or float32"),
         ({"backend": "cuda"}, "backend must be"),
         ({"backend": "triton"}, "torch.float32 is not supported: float16 and bfloat16 are"),
