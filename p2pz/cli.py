@@ -110,7 +110,13 @@ def edit_command(args: argparse.Namespace) -> int:
     with jobs.joined(ranks):
         todo = tasks
         if folder and first:
-            jobs.merge_records(folder)
+            made = jobs.merge_records(folder)
+            words = change.words if change else f"{args.source} -> {args.target}"
+            asked = {"direction": words, "seed": args.seed, "preset": args.preset, "steps": args.steps}
+            asked |= {name: getattr(args, name) for name in ("strength", "guidance", "xa_guidance", "negative_prompt")}
+            for task in tasks:
+                if task.output.name in made and not args.overwrite and task.output.exists():
+                    _warn_of_other_settings(task.output, made[task.output.name], asked)
             todo = [task for task in tasks if not _skip(task.output, args)]
         todo = jobs.shared(todo, ranks)
         share = todo[ranks.rank :: ranks.count]
@@ -150,6 +156,19 @@ def edit_command(args: argparse.Namespace) -> int:
     if failed:
         _complain("error", f"{failed} of {len(images)} images failed")
     return 1 if failed else 0
+
+
+def _warn_of_other_settings(output: Path, record: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Say so if a picture of the folder, which stays, is not what is asked for; None asks for nothing."""
+    made = record.get("settings")
+    if record.get("error") or not isinstance(made, dict) or "direction" not in made:
+        return
+    made = made | {"seed": record.get("seed")}
+    for name, wanted in asked.items():
+        if wanted is not None and made.get(name) != wanted:
+            name = name.replace("_", " ")
+            _complain("warning", f"{output} was made with another {name}: give another -o, or --overwrite")
+            return
 
 
 def _report(args: argparse.Namespace, record: dict[str, Any]) -> None:

@@ -584,10 +584,10 @@ def edit(
                 order = [i * len(directions) + j for j, i in made_of]
                 own_rows = [{"edit": k, "reference": k % len(batch)} for k in range(len(made_of))]
                 record.finish(order, captions * len(some), own_rows)
+            originals = [inversions[i].picture or pictures.get(i) for i in batch]
+            qualities = [psnr(*pair) if pair[1] else None for pair in zip(reconstructions, originals, strict=True)]
             for k, (j, i) in enumerate(made_of):
-                reconstruction = reconstructions[k % len(batch)]
-                picture = inversions[i].picture or pictures.get(i)
-                quality = psnr(reconstruction, picture) if picture else None
+                reconstruction, quality = reconstructions[k % len(batch)], qualities[k % len(batch)]
                 acts = numbers[j].strength > 0 and bool(directions[j].states.any())
                 unchanged = inversions[i].picture if numbers[j].blend else reconstruction
                 doubts = edit_warnings(edited[k], unchanged if acts else None, quality, numbers[j].reference)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from p2pz.images import same_size_groups
 from p2pz.layers import Upsample
-from p2pz.model import GIB, Model, vae_dtype
+from p2pz.model import GIB, Model, lies_on, vae_dtype
 from p2pz.schedule import whole_number
 
 # What the UNet takes for each row of its batch, in feature maps of its finest level (`[channels, h, w]` of a latent,
@@ -62,7 +62,7 @@ class Plan:
             return model
         home = torch.device("cpu") if self.offload else model.device
         for module in (model.vae, model.text_encoder):
-            if any(parameter.device != home for parameter in module.parameters()):  # some, if it was stopped half-way
+            if not lies_on(module, home):
                 model.graphs.clear()  # they read the weights where these are
                 module.to(home)
         model.graphs.room = self.room

@@ -128,7 +128,7 @@ class Model:
         Yields:
             What to run it with: a part that comes and goes is never recorded, since its weights' addresses change.
         """
-        if next(module.parameters()).device == self.device:
+        if lies_on(module, self.device):
             yield self.graphs
             return
         self.graphs.clear()
@@ -331,7 +331,7 @@ def load(
         raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type!r}")
     device = find_device(device)
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or torch.float32, not {dtype!r}")
+        raise ValueError(f"dtype must be torch.float16, bfloat16, float32 or float64, not {dtype!r}")
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     budget = None if max_memory is None else _budget(max_memory, device)
     checkpoint = open_checkpoint(source or os.environ.get("P2PZ_MODEL") or MINI_FOLDER)
@@ -397,6 +397,11 @@ def _load_module(module_type: type, config_type: type, component: Component) -> 
         raise CheckpointError(f"{component.config_path} describes no Stable Diffusion: {reason(error)}") from None
     fill(module, component.tensors, component.path, component.layout)
     return module.eval().requires_grad_(False)
+
+
+def lies_on(module: nn.Module, device: torch.device) -> bool:
+    """Whether all of a part is on a device; after a move that was stopped half-way, some of it is not."""
+    return all(parameter.device == device for parameter in module.parameters())
 
 
 def vae_dtype(unet: UNetConfig, vae: VAEConfig, dtype: torch.dtype) -> torch.dtype:

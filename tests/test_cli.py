@@ -170,6 +170,11 @@ def test_folder_is_resumed_and_a_bad_image_does_not_lose_the_others(p2pz_, monke
     with open("new/out/cat_dog.png") as kept:
         assert kept.read() == "old"
 
+    for options, name in ((("--seed", 4), "seed"), (("--negative-prompt", "fog"), "negative prompt"), ((), None)):
+        status, out, err = p2pz_("edit", "cat.png", *CAT_TO_DOG, *options, "-o", "new/out")
+        told = f"p2pz: warning: new/out/cat_dog.png was made with another {name}: give another -o, or --overwrite"
+        assert (status, len(out), err) == (0, 1, [told] if name else [])
+
     assert p2pz_("edit", "cat.png", *CAT_TO_DOG, "-o", "new/out", "--overwrite")[0] == 0
     assert np.array_equal(pixels("new/out/cat_dog.png"), first)
 

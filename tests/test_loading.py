@@ -484,7 +484,7 @@ def test_environment_names_the_default_model(saved, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, "float16"], ids=str)
 def test_dtypes_that_nothing_computes_in(dtype):
-    with pytest.raises(ValueError, match=r"dtype must be torch\.float16, torch\.bfloat16 or torch\.float32, not "):
+    with pytest.raises(ValueError, match=r"dtype must be torch\.float16, bfloat16, float32 or float64, not "):
         p2pz.load(MINI_FOLDER, dtype=dtype)
 
 
