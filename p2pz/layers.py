@@ -114,8 +114,12 @@ class Upsample(nn.Module):
         self.register_buffer("merged", None, persistent=False)
 
     def fuse(self) -> None:
-        """Lay the convolution out for a map that is not enlarged before, beside the weights as they are."""
-        self.merged = merge_taps(self.conv.weight)
+        """Lay the convolution out for a map that is not enlarged before, beside the weights as they are.
+
+        Not in float32, for which there is no kernel.
+        """
+        if self.conv.weight.dtype in (torch.float16, torch.bfloat16):
+            self.merged = merge_taps(self.conv.weight)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """`[B, C, h, w]` to twice that size, or to `size` where an odd size was halved before."""

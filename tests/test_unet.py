@@ -1,3 +1,4 @@
+import copy
 import json
 import time
 
@@ -5,6 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from p2pz import layers
+from p2pz.kernels import upsampled_conv3x3
 from p2pz.unet import MINI, STABLE_DIFFUSION_1, STABLE_DIFFUSION_2, STABLE_DIFFUSION_2_768, UNet, UNetConfig
 
 SD2 = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
@@ -38,6 +41,43 @@ def test_scalar_timestep_serves_the_whole_batch(unet_pair):
     outputs = [ours(latents, torch.tensor(t), context) for t in (21, [21, 21], [21, 22])]
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize(("size", "calls"), [((8, 12), 2), ((10, 12), 1), ((7, 5), 0)], ids=str)
+def test_enlargements_are_part_of_convolutions(size, calls, unet_pair, monkeypatch):
+    """In half precision, where a size is doubled: prediction and gradient are as near to float32 as without."""
+    unet, _ = unet_pair("mini")
+    latents, timestep, context = torch.randn(2, 4, *size), torch.tensor(481), torch.randn(2, 7, 128)
+    exact = output_and_gradient(lambda x: unet(x, timestep, context), latents)
+    called = []
+    monkeypatch.setattr(layers, "upsampled_conv3x3", lambda *args: called.append(args) or upsampled_conv3x3(*args))
+    errors = []
+    for fused in (False, True):
+        half = copy.deepcopy(unet).bfloat16()
+        if fused:
+            half.fuse()
+        found = output_and_gradient(lambda x, half=half: half(x.bfloat16(), timestep, context.bfloat16()), latents)
+        errors.append([((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)])
+    assert len(called) == calls
+    assert all(fused < 1.2 * plain for plain, fused in zip(*errors, strict=True))
+
+
+def test_float32_needs_no_merged_weights(unet_pair):
+    unet = copy.deepcopy(unet_pair("mini")[0])
+    unet.fuse()
+    assert all(module.merged is None for module in unet.modules() if isinstance(module, layers.Upsample))
+
+
+def test_without_a_gradient(unet_pair, assert_close):
+    """Sums are then written over their residuals: the prediction is the same, and so are latents and context."""
+    unet, _ = unet_pair("mini")
+    arguments = torch.randn(2, 4, 6, 10), torch.tensor(481), torch.randn(2, 7, 128)
+    copies = [argument.clone() for argument in arguments]
+    expected = unet(arguments[0].clone().requires_grad_(), *arguments[1:]).detach()
+    with torch.no_grad():
+        for latents in (arguments[0], arguments[0].contiguous(memory_format=torch.channels_last)):
+            assert_close(unet(latents, *arguments[1:]), expected)
+    assert all(torch.equal(argument, copied) for argument, copied in zip(arguments, copies, strict=True))
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "mini"])
