@@ -63,6 +63,10 @@ GROUP_NORM = [(2, 320, 64), (2, 640, 64), (2, 960, 64), (2, 640, 32), (2, 1280, 
 GROUP_NORM += [(2, 1280, 16), (2, 2560, 16), (2, 1280, 8)]
 LAYER_NORM = [(8192, 320), (2048, 640), (512, 1280)]
 GEGLU = [(8192, 2560), (2048, 5120), (512, 10240)]
+GEGLU_LINEAR = [(8192, 320), (4096, 320), (2048, 640), (1024, 640), (4096, 640), (512, 1280)]  # rows, width
+ENLARGING = [(2, 640, 32), (1, 1280, 8), (1, 1280, 16), (1, 640, 32)]  # B, C, side
+ENLARGING += [(2, 1280, 8), (2, 1280, 16), (4, 640, 32), (4, 1280, 16)]
+FEW_CHANNELS = [(1, 4, 320, 64), (1, 320, 4, 64), (2, 4, 320, 64), (2, 320, 4, 64)]  # B, C in, C out, side
 NOISE = [(1, 4, 64), (4, 4, 64), (1, 4, 96)]
 TOKENS = 77
 
@@ -187,6 +191,11 @@ def diffusers_regularise(noise: Tensor, _, seed: int) -> Tensor:
 
 def random(setup: Setup, *shape: int) -> Tensor:
     return torch.randn(shape, device=setup.device, dtype=setup.dtype)
+
+
+def random_last(setup: Setup, *shape: int) -> Tensor:
+    """`[B, C, h, w]` with the channels next to each other in memory."""
+    return random(setup, *shape).to(memory_format=torch.channels_last)
 
 
 def label(*sizes: int) -> str:
@@ -331,6 +340,64 @@ def geglu(setup: Setup, shape: tuple, main: bool) -> Case:
     return Case(label(*shape), inputs, contenders, work((1.5 * size, 0), (3 * size, 0)), context=context)
 
 
+def geglu_linear(setup: Setup, shape: tuple, main: bool) -> Case:
+    rows, width = shape
+    gating = ours(setup, "geglu")
+
+    def inputs():
+        weight = random(setup, 8 * width, width) / width**0.5
+        return random(setup, rows, width), weight, random(setup, 8 * width)
+
+    def in_two(x, weight, bias):
+        return gating(F.linear(x, weight, bias))
+
+    def eager(x, weight, bias):
+        value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    contenders = {"ours": ours(setup, "geglu_linear"), "eager": eager, "a product, then our GEGLU": in_two}
+    contenders |= compiled(setup, main, compiled=eager)
+    size = setup.dtype.itemsize * (5 * rows * width + 8 * width**2)
+    return Case(label(*shape), inputs, contenders, {"forward": (size, 2 * rows * 8 * width**2)}, wanted=())
+
+
+def enlarging_convolution(setup: Setup, shape: tuple, main: bool) -> Case:
+    batch, channels, side = shape
+
+    def inputs():
+        x, weight = random_last(setup, batch, channels, side, side), random_last(setup, channels, channels, 3, 3)
+        return x, p2pz.kernels.merge_taps(weight), random(setup, channels), weight
+
+    def eager(x, _, bias, weight):
+        return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+
+    contenders = {"ours": ours(setup, "upsampled_conv3x3", takes=3), "eager": eager}
+    contenders |= compiled(setup, main, compiled=eager)
+    positions = batch * side**2
+    size = setup.dtype.itemsize * (5 * positions * channels + 16 * channels**2)
+    operations = 2 * 4 * positions * 4 * channels**2  # four taps for each pixel of y; nine in eager
+    costs = work((size, operations), (2 * size, 2 * operations), backward=(size, operations))
+    return Case(label(batch, side, side, channels), inputs, contenders, costs)
+
+
+def few_channels(setup: Setup, shape: tuple, main: bool) -> Case:
+    batch, channels_in, channels_out, side = shape
+
+    def inputs():
+        weight = random_last(setup, channels_out, channels_in, 3, 3)
+        return random_last(setup, batch, channels_in, side, side), weight, random(setup, channels_out)
+
+    def eager(x, weight, bias):
+        return F.conv2d(x, weight, bias, padding=1)
+
+    contenders = {"ours": ours(setup, "conv3x3"), "eager": eager} | compiled(setup, main, compiled=eager)
+    positions, weights = batch * side**2, 9 * channels_in * channels_out
+    size = setup.dtype.itemsize * (positions * (channels_in + channels_out) + weights)
+    operations = 2 * positions * weights
+    costs = work((size, operations), (2 * size, 2 * operations), backward=(size, operations))
+    return Case(label(batch, side, side, channels_in, channels_out), inputs, contenders, costs)
+
+
 def random_noise(setup: Setup, shape: tuple) -> tuple[Tensor, Tensor, int]:
     """Noise `[B, C, h, h]`, offsets `[5, 5, 1, C, levels]` drawn in diffusers' order, and the seed they come from."""
     batch, channels, side = shape
@@ -378,6 +445,9 @@ KERNELS = {
     "group norm + SiLU": (group_norm_silu, GROUP_NORM, (2, 32, 4)),
     "layer norm": (layer_norm, LAYER_NORM, (6, 16)),
     "GEGLU": (geglu, GEGLU, (6, 16)),
+    "GEGLU with its projection": (geglu_linear, GEGLU_LINEAR, (6, 16)),
+    "enlarging convolution": (enlarging_convolution, ENLARGING, (1, 16, 2)),
+    "few channels": (few_channels, FEW_CHANNELS, (1, 4, 16, 4)),
 }
 
 

@@ -58,7 +58,7 @@ def test_smoke_run(bench, main, tmp_path, capsys):
 def test_only_and_quick(bench, main, tmp_path):
     main("--smoke", "--quick", "--only", "layer", "geglu", "--out", tmp_path)
     results = json.loads((tmp_path / "kernels.json").read_text())
-    assert {record["kernel"] for record in results["cases"]} == {"layer norm", "GEGLU"}
+    assert {record["kernel"] for record in results["cases"]} == {"layer norm", "GEGLU", "GEGLU with its projection"}
     with pytest.raises(SystemExit, match="--only nothing is in none of the names: self-attention"):
         main("--smoke", "--only", "nothing", "--out", tmp_path)
 
@@ -105,6 +105,15 @@ def test_bytes_and_operations(bench):
     assert cases["GEGLU"].work[bench.BOTH][0] == 3 * x.nbytes
     x = cases["group norm + SiLU"].inputs()[0]
     assert cases["group norm + SiLU"].work["forward"][0] == 2 * x.nbytes
+    x, weight, _ = cases["GEGLU with its projection"].inputs()
+    size, operations = cases["GEGLU with its projection"].work["forward"]
+    assert size == x.nbytes + weight.nbytes + 4 * x.nbytes and operations == 2 * 6 * 16 * 128
+    x, merged, *_ = cases["enlarging convolution"].inputs()
+    size, operations = cases["enlarging convolution"].work["forward"]
+    assert size == x.nbytes + merged.nbytes + 4 * x.nbytes and operations == 2 * (4 * 4) * 16 * (4 * 16)
+    x, weight, _ = cases["few channels"].inputs()
+    size, operations = cases["few channels"].work["backward"]
+    assert size == x.nbytes + weight.nbytes + 4 * x.nbytes and operations == 2 * 16 * 16 * (9 * 4)
     noise = cases["regulariser"].inputs()[0]
     assert cases["regulariser"].work["forward"][0] == 2 * noise.nbytes
 
