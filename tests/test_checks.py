@@ -64,7 +64,7 @@ PLACES = {
     f"{BLOCK}.ff.net.2.weight": f"{BLOCK}.ff",
     "mid_block.resnets.0.conv1.weight": "mid_block.resnets.0",
     "mid_block.resnets.1.conv1.weight": "mid_block.resnets.1",
-    "up_blocks.0.upsamplers.0.conv.bias": "up_blocks.0.upsamplers.0",
+    "up_blocks.0.upsamplers.0.conv.bias": "up_blocks.0.upsamplers.0.conv",
     "conv_norm_out.bias": "conv_norm_out",
     "conv_out.weight": "conv_out",
 }
