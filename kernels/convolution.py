@@ -56,6 +56,7 @@ def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, res
 
 
 def _layout(x: Tensor) -> torch.memory_format:
+    """That in which PyTorch would convolve a map."""
     planar = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
     return torch.contiguous_format if planar else torch.channels_last
 

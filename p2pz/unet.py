@@ -495,7 +495,7 @@ class UNet(nn.Module):
         self._cross_attentions = [layer for layer in self._attentions if layer.kind == "cross"]
 
     def fuse(self) -> None:
-        """Lay weights out as they are read fastest; once they are in their final place."""
+        """Lay weights out as they are read fastest: once they are in their final place, and again after a change."""
         for module in self.modules():
             if isinstance(module, (Attention, Upsample)):
                 module.fuse()
