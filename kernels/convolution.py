@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.dispatch import channels_last, choose_triton, launch, library_op, tl, triton
+from p2pz.kernels.dispatch import HALF_DTYPES, channels_last, choose_triton, launch, library_op, tl, triton
 from p2pz.kernels.tiles import dot
 
 FEWEST = 64
@@ -24,8 +24,6 @@ _ELSEWHERE = (128, 128, 64, 264, 8, 3)
 # For the first and the last layer, which have four channels on one side; cuDNN took up to five times as long.
 _FEW_IN, _FEW_OUT, FEW = (64, 128, 16, 264, 4, 3), (64, 16, 64, 512, 4, 3), 8
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16)
-
 SUM_TILE = (512, 4)
 """Elements and warps of a program that sums partial results."""
 
@@ -43,10 +41,25 @@ def _tile(positions: int, channels_in: int, channels_out: int) -> tuple[int, ...
 def plan(positions: int, channels_in: int, channels_out: int) -> list[int]:
     """BLOCK_M positions, BLOCK_N output channels, BLOCK_K input channels a step; splits of the sum; warps; stages."""
     tile = _tile(positions, channels_in, channels_out) or _ELSEWHERE
+    return split_evenly(tile, positions, channels_in, channels_out, taps=9)
+
+
+def split_evenly(
+    tile: tuple[int, ...], positions: int, channels_in: int, channels_out: int, taps: int, maps: int = 1
+) -> list[int]:
+    """A tile with the splits of the sum over `taps` in place of the programs to aim at, for `maps` of one size."""
     block_m, block_n, block_k, programs, warps, stages = tile
-    tiles = triton.cdiv(positions, block_m) * triton.cdiv(channels_out, block_n)
-    steps = 9 * triton.cdiv(channels_in, block_k)
+    tiles = maps * triton.cdiv(positions, block_m) * triton.cdiv(channels_out, block_n)
+    steps = taps * triton.cdiv(channels_in, block_k)
     return [block_m, block_n, block_k, max(1, min(programs // tiles, steps // 4)), warps, stages]
+
+
+def launch_settings(tile: list[int], channels_in: int, channels_out: int) -> dict[str, int]:
+    """A plan as keyword arguments of a launch."""
+    block_m, block_n, block_k, splits, warps, stages = tile
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": splits > 1}
+    whole = channels_in % block_k == 0 and channels_out % block_n == 0
+    return blocks | {"WHOLE": whole, "num_warps": warps, "num_stages": stages}
 
 
 def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -202,7 +215,8 @@ def _launch(
     batch, channels_in, height, width = x.shape
     channels_out = weight.shape[1 if transposed else 0]
     positions = batch * height * width
-    block_m, block_n, block_k, splits, warps, stages = tile or plan(positions, channels_in, channels_out)
+    tile = tile or plan(positions, channels_in, channels_out)
+    block_m, block_n, _, splits, *_ = tile
     y = map_like(x, channels_out)
     whole = splits == 1
     part = y if whole else torch.empty(splits, positions, channels_out, dtype=torch.float32, device=x.device)
@@ -219,14 +233,8 @@ def _launch(
         width,
         channels_in,
         channels_out,
-        WHOLE=channels_in % block_k == 0 and channels_out % block_n == 0,
         TRANSPOSED=transposed,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        SPLIT=not whole,
-        num_warps=warps,
-        num_stages=stages,
+        **launch_settings(tile, channels_in, channels_out),
     )
     if not whole:
         sum_parts(part, bias, residual, y)
@@ -298,7 +306,7 @@ def conv3x3(
         )
     channels_out = len(weight)
     tensors = [x, weight]
-    unsupported = None if x.dtype in KERNEL_DTYPES else f"{x.dtype} is not supported: float16 and bfloat16 are"
+    unsupported = None if x.dtype in HALF_DTYPES else f"{x.dtype} is not supported: float16 and bfloat16 are"
     if batch * height * width * max(channels_in, channels_out) >= 1 << 31:
         unsupported = "maps of 2^31 elements or more are not supported"
     for name, tensor, shape in (

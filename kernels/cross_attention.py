@@ -397,7 +397,7 @@ def _gradient_inputs(
 ) -> tuple[list[Tensor | None], dict[str, int | float]]:
     """What both gradient kernels take: their first six arguments, and others by name."""
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    dout = None if dout is None else unit_stride(dout)
+    dout = unit_stride(dout)
     named = {"scale": score_scale(q), "N": q.shape[1], "H": q.shape[2], **_columns_of(tokens, k)}
     for names, tensor in (("qn", q), ("km", k), ("vm", v), ("on", dout)):
         strides = (0, 0, 0) if tensor is None else tensor.stride()

@@ -26,7 +26,8 @@ except ImportError:  # no Triton for this system: the references serve alone
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
 """Whether Triton runs kernels in its interpreter, which takes CPU tensors. It reads that variable at import, too."""
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (*HALF_DTYPES, torch.float32)
 
 _compile_only: contextvars.ContextVar[bool] = contextvars.ContextVar("compile_only", default=False)
 
@@ -129,12 +130,14 @@ def channels_last(maps: Tensor) -> Tensor:
     return maps.contiguous(memory_format=torch.channels_last)
 
 
-def check_bias(bias: Tensor | None, x: Tensor) -> str | None:
-    """Check the bias that a kernel adds to the last axis of `x`.
+def check_bias(bias: Tensor | None, x: Tensor, channels: int | None = None, beside: str | None = None) -> str | None:
+    """Check the bias that a kernel adds to the last axis of `x`, or to another one's.
 
     Args:
         bias: `[C]`, dtype of `x` or float32; None for none.
-        x: `[..., C]`.
+        x: `[..., C]`, or of any shape where the next two are given.
+        channels: C.
+        beside: what has these channels, with its shape, for the message.
 
     Returns:
         Why the kernel cannot take it, for `choose_triton`, or None.
@@ -144,8 +147,9 @@ def check_bias(bias: Tensor | None, x: Tensor) -> str | None:
     """
     if bias is None:
         return None
-    if bias.shape != x.shape[-1:]:
-        raise ValueError(f"bias must be {[x.shape[-1]]} to go with x {list(x.shape)}, not {list(bias.shape)}")
+    expected = list(x.shape[-1:]) if channels is None else [channels]
+    if list(bias.shape) != expected:
+        raise ValueError(f"bias must be {expected} to go with {beside or f'x {list(x.shape)}'}, not {list(bias.shape)}")
     if bias.dtype not in (x.dtype, torch.float32) or bias.device != x.device:
         raise ValueError(
             f"bias is {bias.dtype} on {bias.device}, but x is {x.dtype} on {x.device}: its dtype must be that of x "
@@ -196,9 +200,9 @@ def score_scale(q: Tensor) -> float:
     return math.log2(math.e) / math.sqrt(q.shape[3])
 
 
-def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself if its last axis is contiguous, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def unit_stride(tensor: Tensor | None) -> Tensor | None:
+    """The tensor itself if its last axis is contiguous, else a contiguous copy; None for none."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def split_width(width: int, element_size: int) -> tuple[int, int]:

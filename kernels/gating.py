@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.dispatch import check_bias, choose_triton, launch, library_op, tl, triton, unit_stride
+from p2pz.kernels.dispatch import HALF_DTYPES, check_bias, choose_triton, launch, library_op, tl, triton, unit_stride
 from p2pz.kernels.tiles import dot
 
 try:
@@ -121,7 +121,7 @@ def _geglu(x: Tensor, bias: Tensor | None, tile: list[int]) -> Tensor:
     """`tile` overrides `TILE` unless it is empty."""
     inner = x.shape[-1] // 2
     x_rows = unit_stride(x.reshape(-1, 2 * inner))
-    bias = None if bias is None else unit_stride(bias)
+    bias = unit_stride(bias)
     block_r, block_c, warps = tile or TILE
     y = torch.empty((*x.shape[:-1], inner), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(len(x_rows), block_r) * triton.cdiv(inner, block_c),)
@@ -150,7 +150,7 @@ def _(x, bias, tile):
 def _geglu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tile: list[int]) -> Tensor:
     inner = x.shape[-1] // 2
     x_rows, dy_rows = unit_stride(x.reshape(-1, 2 * inner)), unit_stride(dy.reshape(-1, inner))
-    bias = None if bias is None else unit_stride(bias)
+    bias = unit_stride(bias)
     block_r, block_c, warps = tile or TILE
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(len(x_rows), block_r) * triton.cdiv(inner, block_c),)
@@ -322,7 +322,7 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "aut
                 f"{name} is {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}: they must agree"
             )
     rows, tensors = x.numel() // width, (x, weight, bias)
-    unsupported = None if x.dtype in (torch.float16, torch.bfloat16) else f"{x.dtype} is not supported: halves are"
+    unsupported = None if x.dtype in HALF_DTYPES else f"{x.dtype} is not supported: halves are"
     if TensorDescriptor is None:
         unsupported = "Triton 3.4 or newer is needed"
     if width % 8 or len(weight) % 16:

@@ -124,7 +124,7 @@ def edited_attention_op(
     weights: Tensor | None,
 ) -> Tensor:
     q, k, v, q_reference, k_reference = map(unit_stride, (q, k, v, q_reference, k_reference))
-    mapping, mix, weights = (None if x is None else unit_stride(x) for x in (mapping, mix, weights))
+    mapping, mix, weights = map(unit_stride, (mapping, mix, weights))
     batch, count, heads, _ = q.shape
     keys, reference_keys = k.shape[1], k_reference.shape[1]
     sizes = plan(q, max(keys, reference_keys), batch * heads) | {"M": keys, "R": reference_keys}

@@ -156,7 +156,7 @@ def guided_attention_op(
     q: Tensor, k: Tensor, v: Tensor, q_reference: Tensor, k_reference: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     q, k, v, q_reference, k_reference = map(unit_stride, (q, k, v, q_reference, k_reference))
-    weights = None if weights is None else unit_stride(weights)
+    weights = unit_stride(weights)
     batch, count, heads, _ = q.shape
     sizes = plan(q, k.shape[1], batch * heads)
     blocks = triton.cdiv(count, sizes["BLOCK_N"])
@@ -188,7 +188,7 @@ def guided_attention_backward_op(
     weights: Tensor | None = None,
 ) -> Tensor:
     q, k, v, q_reference, k_reference = map(unit_stride, (q, k, v, q_reference, k_reference))
-    dout, weights = (None if x is None else unit_stride(x) for x in (dout, weights))
+    dout, weights = unit_stride(dout), unit_stride(weights)
     batch, count, heads, width = q.shape
     sizes = plan(q, k.shape[1], batch * heads)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)

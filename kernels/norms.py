@@ -432,16 +432,18 @@ def _layer_norm_backward_kernel(
     tl.store(p_dx + o_r[:, None] * C + o_c[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_x)
 
 
-def _launches(x: Tensor, groups: int, shift: Tensor | None, plan: list[int], backward: bool) -> tuple:
+def _launches(
+    x: Tensor, groups: int, shift: Tensor | None, sum_bias: Tensor | None, plan: list[int], backward: bool
+) -> tuple:
     """Grid and arguments of the first launch, of the second, and the moments between them (all None: a single one)."""
     batch, channels, height, width = x.shape
     positions, group = height * width, channels // groups
     chunks, together, rows, warps, *finish = plan or _plan(positions, group, backward)
     chunk = rows * triton.cdiv(positions, rows * chunks)
     chunks = triton.cdiv(positions, chunk)
-    shift = None if shift is None else unit_stride(shift)
+    shift = unit_stride(shift)
     shared = {"p_shift": shift, "stride_shift": 0 if shift is None or shift.ndim == 1 else shift.stride(0)}
-    shared |= {"positions": positions, "C": channels, "GROUP": group}
+    shared |= {"p_sum_bias": unit_stride(sum_bias), "positions": positions, "C": channels, "GROUP": group}
     first = {"CHUNK": chunk, "ROWS": rows, "TOGETHER": together, "WIDTH": _power_of_two(group), "num_warps": warps}
     grid = (triton.cdiv(groups, together), chunks, batch)
     if chunk == rows and chunks == 1:
@@ -465,10 +467,9 @@ def _group_norm(
     y = torch.empty_like(x, memory_format=torch.channels_last)
     total = x.new_empty(0) if residual is None else torch.empty_like(y)
     statistics = torch.empty((2, len(x), groups), dtype=torch.float32, device=x.device)
-    grid, first, finish_grid, second, partial = _launches(x, groups, shift, plan, False)
+    grid, first, finish_grid, second, partial = _launches(x, groups, shift, sum_bias, plan, False)
     shared = {"p_weight": unit_stride(weight), "p_bias": unit_stride(bias), "p_partial": partial, "p_y": y}
     shared |= {"p_statistics": statistics, "eps": eps, "SILU": silu}
-    shared |= {"p_sum_bias": None if sum_bias is None else unit_stride(sum_bias)}
     p_sum = None if residual is None else total
     launch(_group_norm_kernel, grid, p_x=x, p_residual=residual, p_sum=p_sum, **shared, **first)
     if partial is not None:
@@ -494,10 +495,9 @@ def _group_norm_backward(
     """Gradient of `x`; an empty plan means `_plan`."""
     dy, x, dsum = channels_last(dy), channels_last(x), None if dsum is None else channels_last(dsum)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    grid, first, finish_grid, second, partial = _launches(x, groups, shift, plan, True)
+    grid, first, finish_grid, second, partial = _launches(x, groups, shift, sum_bias, plan, True)
     shared = {"p_dy": dy, "p_dsum": dsum, "p_x": x, "p_weight": unit_stride(weight), "p_bias": unit_stride(bias)}
     shared |= {"p_statistics": statistics, "p_partial": partial, "p_dx": dx, "SILU": silu}
-    shared |= {"p_sum_bias": None if sum_bias is None else unit_stride(sum_bias)}
     launch(_group_norm_backward_kernel, grid, **shared, **first)
     if partial is not None:
         launch(_group_norm_backward_finish_kernel, finish_grid, **shared, **second)
@@ -565,7 +565,7 @@ def _layer_norm(
     shared = _row_tile(width, tile)
     launch(
         _layer_norm_kernel, (triton.cdiv(len(x_rows), shared["BLOCK_R"]),),
-        x_rows, residual_rows, None if sum_bias is None else unit_stride(sum_bias), unit_stride(weight),
+        x_rows, residual_rows, unit_stride(sum_bias), unit_stride(weight),
         unit_stride(bias), y, None if residual is None else total,
         statistics, x_rows.stride(0), 0 if residual is None else residual_rows.stride(0), len(x_rows), eps, **shared,
     )  # fmt: skip
@@ -591,7 +591,7 @@ def _layer_norm_backward(
     shared = _row_tile(width, tile)
     launch(
         _layer_norm_backward_kernel, (triton.cdiv(len(x_rows), shared["BLOCK_R"]),),
-        dy_rows, dsum_rows, x_rows, None if sum_bias is None else unit_stride(sum_bias), unit_stride(weight),
+        dy_rows, dsum_rows, x_rows, unit_stride(sum_bias), unit_stride(weight),
         statistics, dx,
         dy_rows.stride(0), 0 if dsum is None else dsum_rows.stride(0), x_rows.stride(0), len(x_rows), **shared,
     )  # fmt: skip

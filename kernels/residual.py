@@ -48,7 +48,7 @@ def _add_residual(x: Tensor, residual: Tensor, bias: Tensor | None, tile: list[i
     """`tile` overrides `TILE` unless it is empty."""
     width = x.shape[-1]
     x_rows, residual_rows = unit_stride(x.reshape(-1, width)), unit_stride(residual.reshape(-1, width))
-    bias = None if bias is None else unit_stride(bias)
+    bias = unit_stride(bias)
     block, warps = tile or TILE
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.convolution import KERNEL_DTYPES, map_like, sum_parts
-from p2pz.kernels.dispatch import channels_last, choose_triton, launch, library_op, tl, triton
+from p2pz.kernels.convolution import launch_settings, map_like, split_evenly, sum_parts
+from p2pz.kernels.dispatch import HALF_DTYPES, channels_last, check_bias, choose_triton, launch, library_op, tl, triton
 from p2pz.kernels.tiles import dot
 
 # Positions of the small map (B * h * w) up to: BLOCK_M, BLOCK_N, BLOCK_K; programs to aim at; warps; stages. Found on
@@ -142,10 +142,8 @@ def plan(positions: int, channels_in: int, channels_out: int, transposed: bool) 
     tile = next(row for most, row in tiles.items() if positions <= most)
     if transposed and positions > 256 and channels_out % 256 == 0:
         tile = _WIDE_TRANSPOSED
-    block_m, block_n, block_k, programs, warps, stages = tile
-    count = triton.cdiv(positions, block_m) * triton.cdiv(channels_out, block_n) * (1 if transposed else 4)
-    steps = (16 if transposed else 4) * triton.cdiv(channels_in, block_k)
-    return [block_m, block_n, block_k, max(1, min(programs // count, steps // 4)), warps, stages]
+    taps, maps = (16, 1) if transposed else (4, 4)
+    return split_evenly(tile, positions, channels_in, channels_out, taps, maps)
 
 
 def _launch(source: Tensor, merged: Tensor, bias: Tensor | None, transposed: bool, tile: list[int]) -> Tensor:
@@ -158,7 +156,8 @@ def _launch(source: Tensor, merged: Tensor, bias: Tensor | None, transposed: boo
         channels_out = merged.shape[2]
         y = map_like(source, channels_out, (2 * height, 2 * width))
     positions = len(source) * height * width
-    block_m, block_n, block_k, splits, warps, stages = tile or plan(positions, channels_in, channels_out, transposed)
+    tile = tile or plan(positions, channels_in, channels_out, transposed)
+    block_m, block_n, _, splits, *_ = tile
     part = y
     if splits > 1:
         part = torch.empty(splits, y.numel(), dtype=torch.float32, device=y.device)
@@ -175,14 +174,8 @@ def _launch(source: Tensor, merged: Tensor, bias: Tensor | None, transposed: boo
         width,
         channels_in,
         channels_out,
-        WHOLE=channels_in % block_k == 0 and channels_out % block_n == 0,
         TRANSPOSED=transposed,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        SPLIT=splits > 1,
-        num_warps=warps,
-        num_stages=stages,
+        **launch_settings(tile, channels_in, channels_out),
     )
     if splits > 1:
         sum_parts(part, bias, None, y)
@@ -254,21 +247,13 @@ def upsampled_conv3x3(x: Tensor, merged: Tensor, bias: Tensor, *, backend: str =
             f"merged is {merged.dtype} on {merged.device}, but x is {x.dtype} on {x.device}: they must agree"
         )
     channels_out = merged.shape[2]
-    if bias.shape != (channels_out,):
-        raise ValueError(
-            f"bias must be {[channels_out]} to go with merged {list(merged.shape)}, not {list(bias.shape)}"
-        )
-    if bias.dtype not in (x.dtype, torch.float32) or bias.device != x.device:
-        raise ValueError(
-            f"bias is {bias.dtype} on {bias.device}, but x is {x.dtype} on {x.device}: its dtype must be that of x "
-            "or float32, its device the same"
-        )
-    unsupported = None if x.dtype in KERNEL_DTYPES else f"{x.dtype} is not supported: float16 and bfloat16 are"
+    unsupported = check_bias(bias, x, channels_out, f"merged {list(merged.shape)}")
+    if x.dtype not in HALF_DTYPES:
+        unsupported = f"{x.dtype} is not supported: float16 and bfloat16 are"
     if 4 * batch * height * width * max(channels_in, channels_out) >= 1 << 31:
         unsupported = "maps of 2^31 elements or more are not supported"
-    for name, tensor in (("merged", merged), ("bias", bias)):
-        if tensor.requires_grad and torch.is_grad_enabled():
-            unsupported = f"{name} requires a gradient: the kernel gives one for x only"
+    if merged.requires_grad and torch.is_grad_enabled():
+        unsupported = "merged requires a gradient: the kernel gives one for x only"
     if backend == "auto" and (channels_in % 8 or channels_out % 8):  # memory cannot be read 16 bytes at a time
         backend = "torch"
     if choose_triton(backend, unsupported, x, merged, bias):

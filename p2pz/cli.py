@@ -114,10 +114,12 @@ def edit_command(args: argparse.Namespace) -> int:
             words = change.words if change else f"{args.source} -> {args.target}"
             asked = {"direction": words, "seed": args.seed, "preset": args.preset, "steps": args.steps}
             asked |= {name: getattr(args, name) for name in ("strength", "guidance", "xa_guidance", "negative_prompt")}
+            todo = []
             for task in tasks:
-                if task.output.name in made and not args.overwrite and task.output.exists():
+                if not _skip(task.output, args):
+                    todo.append(task)
+                elif task.output.name in made:
                     _warn_of_other_settings(task.output, made[task.output.name], asked)
-            todo = [task for task in tasks if not _skip(task.output, args)]
         todo = jobs.shared(todo, ranks)
         share = todo[ranks.rank :: ranks.count]
         results = jobs.edit_files(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p2pz.kernels import add_residual, conv3x3, group_norm, merge_taps, upsampled_conv3x3
+from p2pz.kernels.dispatch import HALF_DTYPES
 
 
 def group_normed(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ class Upsample(nn.Module):
 
         Not in float32, for which there is no kernel.
         """
-        if self.conv.weight.dtype in (torch.float16, torch.bfloat16):
+        if self.conv.weight.dtype in HALF_DTYPES:
             self.merged = merge_taps(self.conv.weight)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
