@@ -20,7 +20,7 @@ from p2pz.kernels.regulariser import (
     regularise_noise,
 )
 from p2pz.kernels.residual import add_product, add_residual
-from p2pz.kernels.self_attention import attention
+from p2pz.kernels.self_attention import attention, split_projection
 from p2pz.kernels.upsampling import merge_taps, upsampled_conv3x3
 
 __all__ = [
@@ -44,5 +44,6 @@ __all__ = [
     "layer_norm",
     "merge_taps",
     "regularise_noise",
+    "split_projection",
     "upsampled_conv3x3",
 ]

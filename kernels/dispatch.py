@@ -205,14 +205,14 @@ def unit_stride(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def split_width(width: int, element_size: int) -> tuple[int, int]:
+def split_width(width: int, least: int) -> tuple[int, int]:
     """A head size as one or two powers of two (the second may be 0), which the sides of tiles must be.
 
-    40 becomes 64, 80 becomes 128, and 160 becomes 128 + 64 instead of 256. Every part is at least 128 bytes wide:
-    narrower tiles are stored in another order, and ptxas 12.8 (of Triton 3.6) confuses the addresses where a kernel
-    without a loop mixes two orders.
+    Args:
+        width: the head size.
+        least: the narrowest part, a power of two. With 16, 40 becomes 32 + 16, 80 becomes 64 + 16 and 160 becomes
+            128 + 32; with 64, 40 becomes 64, 80 becomes 128 and 160 becomes 128 + 64.
     """
-    least = 128 // element_size
     first = max(least, 1 << (width.bit_length() - 1))
     rest = width - first
     second = max(least, 1 << (rest - 1).bit_length()) if rest > 0 else 0

@@ -540,6 +540,25 @@ def _group_norm_gradient(ctx, dy, dsum, _):
 _group_norm.register_autograd(_group_norm_gradient, setup_context=_save_group_norm)
 
 
+class _CarriedGroupNorm(torch.autograd.Function):
+    """A group norm and its input: gradients of both are added in the kernel of the norm's."""
+
+    @staticmethod
+    def forward(ctx, x, groups, weight, bias, eps, silu):
+        y, _, statistics = _group_norm(x, groups, weight, bias, eps, silu, None, None, None, [])
+        ctx.settings = groups, silu
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy, dx):
+        (x, weight, bias, statistics), (groups, silu) = ctx.saved_tensors, ctx.settings
+        if dy is not None:
+            dx = _group_norm_backward(dy, dx, x, groups, weight, bias, silu, None, None, statistics, [])
+        return dx, None, None, None, None, None
+
+
 ROW_TILES = {256: (4, 1), 512: (4, 1), 1024: (2, 1), 2048: (1, 2), 4096: (1, 8), 8192: (1, 8)}
 """Rows and warps of a layer norm's tile by the padded row width (the first that is wide enough)."""
 
@@ -622,6 +641,24 @@ def _layer_norm_gradient(ctx, dy, dsum, _):
 _layer_norm.register_autograd(_layer_norm_gradient, setup_context=_save_layer_norm)
 
 
+class _CarriedLayerNorm(torch.autograd.Function):
+    """A layer norm and its input: as `_CarriedGroupNorm`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        y, _, statistics = _layer_norm(x, weight, bias, eps, None, None, [])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, statistics)
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy, dx):
+        x, weight, statistics = ctx.saved_tensors
+        if dy is not None:
+            dx = _layer_norm_backward(dy, dx, x, weight, None, statistics, [])
+        return dx, None, None, None
+
+
 def _check(
     x: Tensor, channels: int, weight: Tensor, bias: Tensor, residual: Tensor | None, sum_bias: Tensor | None
 ) -> str | None:
@@ -653,7 +690,8 @@ def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
 
 def group_norm(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *, silu: bool = False,
-    shift: Tensor | None = None, residual: Tensor | None = None, sum_bias: Tensor | None = None, backend: str = "auto",
+    shift: Tensor | None = None, residual: Tensor | None = None, sum_bias: Tensor | None = None, carry: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Group norm of `x + shift + residual`, and SiLU of that if asked for.
 
@@ -667,11 +705,13 @@ def group_norm(
         residual: `[B, C, h, w]`, dtype of `x`.
         sum_bias: `[C]`, dtype of `x` or float32, added to the sum that is returned, not to what is normed: so it costs
             nothing to add the bias of what `add_product` will add to this sum.
+        carry: without shift and residual, return `x` too, for its other uses: the gradient that comes back through it
+            is added within the norm's backward kernel.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
         `[B, C, h, w]` in the dtype of `x`, channels-last from the kernel; with a residual a pair of that and
-        `x + shift + residual + sum_bias`.
+        `x + shift + residual + sum_bias`, or with `carry` of that and `x`.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; or `"triton"` was asked for what the kernel cannot do.
@@ -694,14 +734,17 @@ def group_norm(
     added = {"shift": shift, "residual": residual, "sum_bias": sum_bias}
     tensors = [tensor for tensor in (x, weight, bias, *added.values()) if tensor is not None]
     if not choose_triton(backend, unsupported, *tensors):
-        return group_norm_reference(x, groups, weight, bias, eps, silu=silu, **added)
+        y = group_norm_reference(x, groups, weight, bias, eps, silu=silu, **added)
+        return (y, x) if carry else y
+    if carry:
+        return _CarriedGroupNorm.apply(channels_last(x), groups, weight, bias, eps, silu)
     y, total, _ = _group_norm(channels_last(x), groups, weight, bias, eps, silu, *added.values(), [])
     return y if residual is None else (y, total)
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *,
-    residual: Tensor | None = None, sum_bias: Tensor | None = None, backend: str = "auto",
+    residual: Tensor | None = None, sum_bias: Tensor | None = None, carry: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Layer norm of `x + residual` over the last axis.
 
@@ -711,10 +754,12 @@ def layer_norm(
         eps: added to the variance.
         residual: `[..., C]`, dtype of `x`.
         sum_bias: `[C]`, dtype of `x` or float32, added to the sum that is returned, see `group_norm`.
+        carry: without a residual, return `x` too, see `group_norm`.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
-        `[..., C]` in the dtype of `x`; with a residual a pair of that and `x + residual + sum_bias`.
+        `[..., C]` in the dtype of `x`; with a residual a pair of that and `x + residual + sum_bias`, or with `carry` of
+        that and `x`.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; or `"triton"` was asked for what the kernel cannot do.
@@ -729,6 +774,9 @@ def layer_norm(
         unsupported = f"rows of {width} channels: up to {MAX_ROW_WIDTH} are supported"
     tensors = [tensor for tensor in (x, weight, bias, residual, sum_bias) if tensor is not None]
     if not choose_triton(backend, unsupported, *tensors):
-        return layer_norm_reference(x, weight, bias, eps, residual=residual, sum_bias=sum_bias)
+        y = layer_norm_reference(x, weight, bias, eps, residual=residual, sum_bias=sum_bias)
+        return (y, x) if carry else y
+    if carry:
+        return _CarriedLayerNorm.apply(x, weight, bias, eps)
     y, total, _ = _layer_norm(x, weight, bias, eps, residual, sum_bias, [])
     return y if residual is None else (y, total)

@@ -7,13 +7,15 @@ Source: Dao, "FlashAttention-2" (2023), algorithms 1 and 2; here the gradients o
 each, so that the sums have a fixed order and need no atomics.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from p2pz.kernels.cross_attention import short_attention
 from p2pz.kernels.dispatch import (
+    HALF_DTYPES,
     check_attention,
     choose_triton,
     has_little_shared_memory,
@@ -31,7 +33,7 @@ from p2pz.kernels.tiles import dot, load_rows, store_rows
 FEW_KEYS = 128
 """Up to so many keys, if there are more queries, one tile holds them all and the softmax needs a single pass."""
 
-CUDNN_WINS = {40: 1024, 64: 9216, 80: 1024}
+CUDNN_WINS = {40: 1024, 64: 9216}
 """Head size: positions from which on cuDNN's forward kernel was faster on an H200 (bench/results/kernels.md)."""
 
 
@@ -42,23 +44,19 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def cudnn_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention_by_cudnn` is to serve: where it was measured, and where no gradient is wanted.
-
-    Its backward kernel never gave the same gradient twice there.
-    """
+    """Whether cuDNN's forward kernel is to serve: where it was measured."""
     positions = CUDNN_WINS.get(q.shape[3])
-    if positions is None or min(q.shape[1], k.shape[1]) < positions or q.dtype not in (torch.float16, torch.bfloat16):
+    if positions is None or min(q.shape[1], k.shape[1]) < positions or q.dtype not in HALF_DTYPES:
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
-        return False
-    return all(x.is_cuda for x in (q, k, v)) and torch.cuda.get_device_capability(q.device) == (9, 0)
+    on_gpu = all(x.is_cuda for x in (q, k, v)) and torch.cuda.get_device_capability(q.device) == (9, 0)
+    return on_gpu and torch.backends.cudnn.is_available()
 
 
-def attention_by_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention` by cuDNN or, in a build of PyTorch without it, by another of PyTorch's fused kernels."""
-    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    with sdpa_kernel(backends, set_priority=True):
-        return attention_reference(q, k, v)
+def attention_by_cudnn(q: Tensor, k: Tensor, v: Tensor, with_logsum: bool) -> tuple[Tensor, Tensor | None]:
+    """What `_attention` returns, by cuDNN's forward kernel alone: its gradient was never twice the same."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, logsum, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, with_logsum)
+    return out.transpose(1, 2).contiguous(), logsum.squeeze(3) * math.log2(math.e) if with_logsum else None
 
 
 @triton.jit
@@ -142,7 +140,7 @@ def _query_gradient_kernel(
     p_dout,  # [B, N, H, D]
     p_logsum,  # [B, H, N] float32
     p_delta,  # [B, H, N] float32, written: sum of dout * out over D
-    p_dq,  # [B, N, H, D], contiguous, written
+    p_dq,  # [B, N, H, D], written
     scale,  # log2(e) / sqrt(D)
     N,
     M,
@@ -158,6 +156,7 @@ def _query_gradient_kernel(
     stride_kh: tl.constexpr,
     stride_vh: tl.constexpr,
     stride_gh: tl.constexpr,
+    ROW: tl.constexpr,  # elements from a row of each gradient to the next; images follow one another
     H: tl.constexpr,
     D: tl.constexpr,
     D0: tl.constexpr,
@@ -172,7 +171,7 @@ def _query_gradient_kernel(
     p_v += i_b * stride_vb + i_h * stride_vh
     p_dout += i_b * stride_gb + i_h * stride_gh
     p_out += (i_b * N * H + i_h) * D
-    p_dq += (i_b * N * H + i_h) * D
+    p_dq += i_b * N * ROW + i_h * D
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
 
     b_q0 = load_rows(p_q, o_n, stride_qn, N, D, 0, D0)  # [BLOCK_N, D0]
@@ -206,9 +205,9 @@ def _query_gradient_kernel(
             b_dq1 = dot(b_ds, b_k1, b_dq1)
 
     scale *= 0.6931471805599453  # ln 2: back to 1 / sqrt(D)
-    store_rows(p_dq, o_n, H * D, N, D, 0, D0, b_dq0 * scale)
+    store_rows(p_dq, o_n, ROW, N, D, 0, D0, b_dq0 * scale)
     if D1 > 0:
-        store_rows(p_dq, o_n, H * D, N, D, D0, D1, b_dq1 * scale)
+        store_rows(p_dq, o_n, ROW, N, D, D0, D1, b_dq1 * scale)
 
 
 @triton.jit
@@ -219,8 +218,8 @@ def _key_gradient_kernel(
     p_dout,  # [B, N, H, D]
     p_logsum,  # [B, H, N] float32
     p_delta,  # [B, H, N] float32
-    p_dk,  # [B, M, H, D], contiguous, written
-    p_dv,  # [B, M, H, D], contiguous, written
+    p_dk,  # [B, M, H, D], written
+    p_dv,  # [B, M, H, D], written
     scale,  # log2(e) / sqrt(D)
     N,
     M,
@@ -236,6 +235,7 @@ def _key_gradient_kernel(
     stride_kh: tl.constexpr,
     stride_vh: tl.constexpr,
     stride_gh: tl.constexpr,
+    ROW: tl.constexpr,  # elements from a row of each gradient to the next; images follow one another
     H: tl.constexpr,
     D: tl.constexpr,
     D0: tl.constexpr,
@@ -289,41 +289,47 @@ def _key_gradient_kernel(
             b_dk1 = dot(b_ds, b_q1, b_dk1)
 
     scale *= 0.6931471805599453  # ln 2: back to 1 / sqrt(D)
-    p_dk += (i_b * M * H + i_h) * D
-    p_dv += (i_b * M * H + i_h) * D
-    store_rows(p_dk, o_m, H * D, M, D, 0, D0, b_dk0 * scale)
-    store_rows(p_dv, o_m, H * D, M, D, 0, D0, b_dv0)
+    p_dk += i_b * M * ROW + i_h * D
+    p_dv += i_b * M * ROW + i_h * D
+    store_rows(p_dk, o_m, ROW, M, D, 0, D0, b_dk0 * scale)
+    store_rows(p_dv, o_m, ROW, M, D, 0, D0, b_dv0)
     if D1 > 0:
-        store_rows(p_dk, o_m, H * D, M, D, D0, D1, b_dk1 * scale)
-        store_rows(p_dv, o_m, H * D, M, D, D0, D1, b_dv1)
+        store_rows(p_dk, o_m, ROW, M, D, D0, D1, b_dk1 * scale)
+        store_rows(p_dv, o_m, ROW, M, D, D0, D1, b_dv1)
 
 
-# Head size up to ... : (BLOCK_N, BLOCK_M, warps, stages), found on an H200.
+# Head size up to: BLOCK_N, BLOCK_M, warps, stages, the narrowest part of a head; found on an H200.
 _TILES = {
     "forward": {
-        48: (128, 64, 4, 3), 64: (64, 128, 4, 2), 128: (64, 64, 4, 3), 160: (64, 64, 4, 3), 256: (64, 32, 4, 2),
+        48: (128, 64, 4, 3, 64), 64: (64, 128, 4, 2, 64), 128: (64, 64, 4, 3, 16), 160: (64, 64, 4, 3, 16),
+        256: (64, 32, 4, 2, 64),
     },
     "query_gradient": {
-        48: (128, 64, 8, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 160: (64, 64, 4, 2), 256: (32, 32, 4, 2),
+        48: (128, 64, 8, 3, 64), 64: (64, 64, 4, 3, 64), 80: (64, 64, 4, 3, 16), 128: (64, 64, 4, 2, 64),
+        160: (64, 64, 4, 2, 16), 256: (32, 32, 4, 2, 64),
     },
     "key_gradient": {
-        48: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (64, 128, 8, 3), 160: (64, 32, 4, 2), 256: (32, 32, 4, 2),
+        48: (32, 128, 4, 3, 16), 64: (128, 64, 4, 2, 64), 80: (64, 64, 4, 3, 16), 128: (64, 128, 8, 3, 64),
+        160: (64, 32, 4, 2, 16), 256: (32, 32, 4, 2, 64),
     },
 }  # fmt: skip
-_FLOAT32_TILES = {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 2)}
+_FLOAT32_TILES = {64: (64, 32, 4, 2, 32), 128: (32, 32, 4, 2, 32), 256: (16, 16, 4, 2, 32)}
 
 
-def _tiles(kernel: str, q: Tensor) -> tuple[int, int, int, int]:
-    """Tile sizes, warps and stages; a third stage of heads of more than 64 does not fit into every GPU."""
+def _tiles(kernel: str, q: Tensor, keys: int) -> dict[str, int]:
+    """Head size, its parts and tile sizes, as keyword arguments of a kernel."""
+    width = q.shape[3]
     table = _FLOAT32_TILES if q.dtype == torch.float32 else _TILES[kernel]
-    *tile, stages = next(tiles for width, tiles in table.items() if q.shape[-1] <= width)
-    return *tile, min(stages, 2) if q.shape[-1] > 64 and has_little_shared_memory(q) else stages
-
-
-def _parts(q: Tensor) -> dict[str, int]:
-    """The head size and its two parts."""
-    d0, d1 = split_width(q.shape[-1], q.element_size())
-    return {"D": q.shape[-1], "D0": d0, "D1": d1}
+    block_n, block_m, warps, stages, least = next(tiles for limit, tiles in table.items() if width <= limit)
+    if width > 64 and has_little_shared_memory(q):
+        stages = min(stages, 2)
+    if 1 in (q.shape[1], keys):
+        # Triton makes a 1 a constant and drops the loop; tiles narrower than 128 bytes are stored in another order, and
+        # ptxas 12.8 (of Triton 3.6) confuses addresses where a kernel without a loop mixes two orders.
+        least = 128 // q.element_size()
+    d0, d1 = split_width(width, least)
+    sizes = {"D": width, "D0": d0, "D1": d1, "BLOCK_N": block_n, "BLOCK_M": block_m}
+    return sizes | {"num_warps": warps, "num_stages": stages}
 
 
 def _layout(**tensors: Tensor) -> dict[str, int]:
@@ -337,25 +343,26 @@ def _layout(**tensors: Tensor) -> dict[str, int]:
 
 
 @library_op("p2pz::attention")
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output `[B, N, H, D]` and the logarithms of the rows' sums `[B, H, N]`."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, by_cudnn: bool) -> tuple[Tensor, Tensor]:
+    """Output `[B, N, H, D]` and the logarithms of the rows' sums `[B, H, N]`, of base 2."""
+    if by_cudnn:
+        return attention_by_cudnn(q, k, v, with_logsum=True)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch, count, heads, _ = q.shape
     keys = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logsum = torch.empty(batch, heads, count, dtype=torch.float32, device=q.device)
-    block_n, block_m, warps, stages = _tiles("forward", q)
+    tiles = _tiles("forward", q, keys)
     launch(
-        _forward_kernel, (triton.cdiv(count, block_n), batch * heads),
+        _forward_kernel, (triton.cdiv(count, tiles["BLOCK_N"]), batch * heads),
         q, k, v, out, logsum, score_scale(q), count, keys, **_layout(q=q, k=k, v=v),
-        H=heads, **_parts(q), BLOCK_N=block_n, BLOCK_M=block_m, RAGGED=keys % block_m != 0,
-        num_warps=warps, num_stages=stages,
+        H=heads, **tiles, RAGGED=keys % tiles["BLOCK_M"] != 0,
     )  # fmt: skip
     return out, logsum
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, by_cudnn: bool) -> tuple[Tensor, Tensor]:
     logsum = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     return q.new_empty(q.shape), logsum
 
@@ -363,54 +370,107 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 @library_op("p2pz::attention_backward")
 def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsum: Tensor, with_keys: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to q, k and v; those to k and v are empty unless `with_keys`."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients to q, and `with_keys` to k and v, as `_places` lays them out."""
     q, k, v, dout = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(dout)
     batch, count, heads, _ = q.shape
     keys = k.shape[1]
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.empty(k.shape if with_keys else 0, dtype=q.dtype, device=q.device) for _ in range(2))
+    gradients = _places(q, k, with_keys)
+    dq, dk, dv = _unpacked(*gradients)
     delta = torch.empty_like(logsum)
-    common = _layout(q=q, k=k, v=v, g=dout) | _parts(q) | {"H": heads}
+    common = _layout(q=q, k=k, v=v, g=dout) | {"H": heads}
     scale = score_scale(q)
 
-    block_n, block_m, warps, stages = _tiles("query_gradient", q)
+    tiles = _tiles("query_gradient", q, keys)
     launch(
-        _query_gradient_kernel, (triton.cdiv(count, block_n), batch * heads),
+        _query_gradient_kernel, (triton.cdiv(count, tiles["BLOCK_N"]), batch * heads),
         q, k, v, out, dout, logsum, delta, dq, scale, count, keys, **common,
-        BLOCK_N=block_n, BLOCK_M=block_m, RAGGED=keys % block_m != 0, num_warps=warps, num_stages=stages,
+        ROW=dq.stride(1), **tiles, RAGGED=keys % tiles["BLOCK_M"] != 0,
     )  # fmt: skip
     if with_keys:
-        block_n, block_m, warps, stages = _tiles("key_gradient", q)
+        tiles = _tiles("key_gradient", q, keys)
         launch(
-            _key_gradient_kernel, (triton.cdiv(keys, block_m), batch * heads),
+            _key_gradient_kernel, (triton.cdiv(keys, tiles["BLOCK_M"]), batch * heads),
             q, k, v, dout, logsum, delta, dk, dv, scale, count, keys, **common,
-            BLOCK_N=block_n, BLOCK_M=block_m, RAGGED=count % block_n != 0, num_warps=warps, num_stages=stages,
+            ROW=dk.stride(1), **tiles, RAGGED=count % tiles["BLOCK_N"] != 0,
         )  # fmt: skip
-    return dq, dk, dv
+    return gradients
 
 
 @_attention_backward.register_fake
 def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsum: Tensor, with_keys: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), *(q.new_empty(k.shape if with_keys else 0) for _ in range(2))
+) -> tuple[Tensor, Tensor]:
+    return _places(q, k, with_keys)
+
+
+def _places(q: Tensor, k: Tensor, with_keys: bool) -> tuple[Tensor, Tensor]:
+    """For gradients, `[B, N, 3, H, D]` and `[B, M, 0, H, D]` where N = M, else `[B, N, 1, H, D]` and `[B, M, 2, H, D]`.
+
+    The former is the layout of one projection for all three, see `split_projection`. Without keys, those go.
+    """
+    as_one = q.shape[1] == k.shape[1]
+    counts = 3 if with_keys and as_one else 1, 2 if with_keys and not as_one else 0
+    return tuple(q.new_empty(*x.shape[:2], n, *x.shape[2:]) for x, n in zip((q, k), counts, strict=True))
+
+
+def _unpacked(first: Tensor, second: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients to q, k and v as views of what `_places` returns; None for those that are not there."""
+    dq, *dkeys = *first.unbind(2), *second.unbind(2)
+    return dq, *(dkeys or (None, None))
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs[:3], *output)
 
 
 def _backward(ctx, dout: Tensor | None, _):
     if dout is None:
-        return None, None, None
-    with_keys = any(ctx.needs_input_grad[1:])
-    dq, dk, dv = _attention_backward(dout, *ctx.saved_tensors, with_keys)
-    return tuple(g if needed else None for g, needed in zip((dq, dk, dv), ctx.needs_input_grad, strict=True))
+        return None, None, None, None
+    needed = ctx.needs_input_grad[:3]
+    with_keys = any(needed[1:])
+    gradients = _unpacked(*_attention_backward(dout, *ctx.saved_tensors, with_keys))
+    return *(g if each else None for g, each in zip(gradients, needed, strict=True)), None
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _SplitProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return projection.chunk(3, dim=-1)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not _side_by_side(*gradients):
+            return torch.cat(gradients, dim=-1)
+        first = gradients[0]
+        return first.as_strided((*first.shape[:-1], 3 * first.shape[-1]), first.stride(), first.storage_offset())
+
+
+def _side_by_side(*tensors: Tensor) -> bool:
+    """Whether tensors `[B, N, C]` are neighbouring columns of one in memory."""
+    first, width = tensors[0], tensors[0].shape[-1]
+    return all(
+        tensor.stride() == first.stride() and tensor.data_ptr() == first.data_ptr() + i * width * first.element_size()
+        for i, tensor in enumerate(tensors)
+    ) and first.stride()[1:] == (len(tensors) * width, 1)
+
+
+def split_projection(projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of one product, as views.
+
+    The gradients that `attention` gives them lie beside each other already, so the product's needs no copy.
+
+    Args:
+        projection: `[B, N, 3 * C]`.
+
+    Returns:
+        Three of `[B, N, C]`.
+    """
+    return _SplitProjection.apply(projection)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
@@ -423,7 +483,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
         k: keys, `[B, M, H, D]`, dtype of `q`.
         v: values, `[B, M, H, D]`, dtype of `q`.
         backend: `"torch"`, `"triton"` (CUDA; float16, bfloat16 or float32; D up to 256), or `"auto"`: Triton where it
-            can, else torch; without a gradient, cuDNN's kernel where that is faster.
+            can, else torch; with cuDNN's forward kernel where that is faster.
 
     Returns:
         `[B, N, H, D]`, dtype of `q`.
@@ -434,10 +494,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
     Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1.
     """
     check_attention(q, k=k, v=v)
-    if backend == "auto" and cudnn_is_faster(q, k, v):
-        return attention_by_cudnn(q, k, v)
+    by_cudnn = backend == "auto" and cudnn_is_faster(q, k, v)
+    if by_cudnn and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        return attention_by_cudnn(q, k, v, with_logsum=False)[0]
     if choose_triton(backend, too_large(q.shape[3]), q, k, v):
         if k.shape[1] <= FEW_KEYS and k.shape[1] < q.shape[1]:
             return short_attention(q, k, v)
-        return _attention(q, k, v)[0]
+        return _attention(q, k, v, by_cudnn)[0]
     return attention_reference(q, k, v)

@@ -23,7 +23,7 @@ Tensors = Sequence[Tensor]
 Step = Callable[[Tensor, Tensors, Tensors], Tensors]
 
 MOST_GRAPHS = 40
-"""All make room for one more. An edit takes five, and others for images of another size."""
+"""All make room for one more. An edit takes seven, and others for images of another size."""
 
 
 def row(table: Tensor, index: Tensor) -> Tensor:

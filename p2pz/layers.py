@@ -73,7 +73,8 @@ class ResnetBlock(nn.Module):
             The second convolution without its bias, `[B, out_channels, h, w]`; what is carried past both, same shape;
             the bias, `[out_channels]`.
         """
-        hidden = conv3x3(group_normed(self.norm1, x, silu=True), self.conv1.weight)
+        normed, x = group_normed(self.norm1, x, silu=True, carry=True)
+        hidden = conv3x3(normed, self.conv1.weight)
         shift = self.conv1.bias if shift is None else shift
         hidden = conv3x3(group_normed(self.norm2, hidden, silu=True, shift=shift), self.conv2.weight)
         if self.conv_shortcut is not None:
@@ -119,8 +120,7 @@ class Upsample(nn.Module):
 
         Not in float32, for which there is no kernel.
         """
-        if self.conv.weight.dtype in HALF_DTYPES:
-            self.merged = merge_taps(self.conv.weight)
+        self.merged = merge_taps(self.conv.weight) if self.conv.weight.dtype in HALF_DTYPES else None
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """`[B, C, h, w]` to twice that size, or to `size` where an odd size was halved before."""

@@ -158,11 +158,11 @@ class Model:
                 f"all its words: {' '.join(mini_world.VOCABULARY)}",
                 stacklevel=4,
             )
-        with self.at_work(self.text_encoder):
+        with self.at_work(self.text_encoder) as graphs:
             if self.tokenizer_2 is not None:
                 tokenizers = self.tokenizer, self.tokenizer_2
                 return text.encode_text_twice(tokenizers, self.text_encoder, sentences)
-            return text.encode_text(self.tokenizer, self.text_encoder, sentences)
+            return text.encode_text(self.tokenizer, self.text_encoder, sentences, graphs)
 
     def encode_negative(self, sentences: Sequence[str]) -> Tensor:
         """Text states of negative prompts. Those of an empty one are zeros for SDXL as it was trained."""
@@ -215,7 +215,9 @@ class Model:
                     f"the VAE of {self.folder} overflows in {self.vae.quant_conv.weight.dtype}, so it works in float32",
                     stacklevel=2,
                 )
-                results = run(Graphs(record=False), copy.deepcopy(self.vae).float())
+                wide = copy.deepcopy(self.vae).float()
+                wide.fuse()
+                results = run(Graphs(record=False), wide)
         if _finite(results):
             return results
         raise ValueError(
@@ -351,13 +353,14 @@ def load(
         raise ValueError(
             f"max_memory is {max_memory:.3g} GiB, but the weights of the UNet alone take {weights / GIB:.3g}: raise it"
         )
-    unet = _place(unet, device, dtype)
-    unet.fuse()
-    home = device if budget is None else torch.device("cpu")  # until a plan calls them to the GPU
+    home = device if budget is None else torch.device("cpu")  # until a plan calls the others to the GPU
+    unet, vae = _place(unet, device, dtype), _place(vae, home, vae_dtype(unet.config, vae.config, dtype))
+    for part in (unet, vae):
+        part.fuse()
     model = Model(
         folder=checkpoint.path,
         unet=unet,
-        vae=_place(vae, home, vae_dtype(unet.config, vae.config, dtype)),
+        vae=vae,
         text_encoder=_place(text_encoder, home, dtype),
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,

@@ -134,19 +134,19 @@ def source_prompt(source: str) -> str:
     return with_article(source) if is_medium(source) else f"a photo of {with_article(source)}"
 
 
-def fill(template: str, concept: str) -> str:
-    """Put a concept into a template of the bank.
+def fill(templates: Sequence[str], concept: str) -> list[str]:
+    """Put a concept into templates of the bank.
 
     Args:
-        template: with the fields `{a}` ("a cat", "two cats"), `{the}` ("the cat"), `{is}` and `{s}` ("is" and "s" for
-            one, "are" and "" for many).
+        templates: with the fields `{a}` ("a cat", "two cats"), `{the}` ("the cat"), `{is}` and `{s}` ("is" and "s"
+            for one, "are" and "" for many).
         concept: such as "cat".
     """
     plural = is_plural(concept)
     bare = without_article(concept)
     the = bare if _DETERMINER.fullmatch(bare.split()[0].lower()) or _is_name(bare) else f"the {bare}"
     fields = {"a": with_article(concept), "the": the, "is": "are" if plural else "is", "s": "" if plural else "s"}
-    return template.format(**fields)
+    return [template.format(**fields) for template in templates]
 
 
 def bank_sentences(source: str, target: str, *, mini: bool = False) -> tuple[list[str], list[str]]:
@@ -161,7 +161,7 @@ def bank_sentences(source: str, target: str, *, mini: bool = False) -> tuple[lis
         templates = _MINI_MEDIUM_TEMPLATES if media else _MINI_SUBJECT_TEMPLATES
     else:
         templates = MEDIUM_TEMPLATES if media else SUBJECT_TEMPLATES
-    return tuple([fill(template, concept) for template in templates] for concept in (source, target))
+    return tuple(fill(templates, concept) for concept in (source, target))
 
 
 def read_sentences(sentences: Sentences, name: str) -> list[str]:

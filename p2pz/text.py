@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from p2pz.engine import Graphs, Tensors
 from p2pz.weights import CheckpointError, Component, fill, printable, read_number, reason
 
 if TYPE_CHECKING:  # importing transformers takes seconds: only when a model is loaded
@@ -194,13 +195,18 @@ def _batches(sentences: Sequence[str], size: int) -> list[list[str]]:
 
 @torch.no_grad()
 def encode_text(
-    tokenizer: CLIPTokenizer, encoder: CLIPTextModel, sentences: Sequence[str], batch_size: int = 128
+    tokenizer: CLIPTokenizer,
+    encoder: CLIPTextModel,
+    sentences: Sequence[str],
+    graphs: Graphs,
+    batch_size: int = 64,
 ) -> Tensor:
     """Hidden states of sentences, padded or cut to the encoder's context length.
 
     Args:
         tokenizer, encoder: of one checkpoint.
         sentences: at least one.
+        graphs: record full batches and single sentences, for on a GPU the encoder's launches take longer than its work.
         batch_size: sentences per forward pass.
 
     Returns:
@@ -209,9 +215,15 @@ def encode_text(
     Raises:
         ValueError: no sentences.
     """
+
+    def last_states(tokens: Tensor) -> Tensors:
+        return [encoder(tokens).last_hidden_state]
+
     states = []
     for batch in _batches(sentences, batch_size):
-        states.append(encoder(_tokens(tokenizer, batch).to(encoder.device)).last_hidden_state)
+        tokens = [_tokens(tokenizer, batch).to(encoder.device)]
+        often = len(batch) in (1, batch_size)
+        states += graphs.call(("text", id(encoder)), last_states, tokens) if often else last_states(*tokens)
     return torch.cat(states)
 
 

@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from p2pz.attention import Attend, Features, Hooks, Site, hooks_of, plain
-from p2pz.kernels import add_product, geglu_linear, layer_norm
+from p2pz.kernels import add_product, geglu_linear, layer_norm, split_projection
 from p2pz.layers import (
     Conv3x3,
     Downsample,
@@ -268,7 +268,7 @@ class Attention(nn.Module):
         if keys_values is not None:
             q, k, v = self.to_q(tokens), *keys_values.chunk(2, dim=-1)
         elif self.to_qkv is not None:
-            q, k, v = F.linear(tokens, self.to_qkv).chunk(3, dim=-1)
+            q, k, v = split_projection(F.linear(tokens, self.to_qkv))
         else:
             q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         q, k, v = (states.unflatten(-1, (self.heads, -1)) for states in (q, k, v))
@@ -319,7 +319,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, tokens: Tensor, keys_values: Tensor, size: tuple[int, int], attend: Attend) -> Tensor:
         """`[B, N, C]` and keys and values of the text, `[B, M, 2 * C]`, to `[B, N, C]`."""
-        normed = layer_norm(tokens, self.norm1.weight, self.norm1.bias)
+        normed, tokens = layer_norm(tokens, self.norm1.weight, self.norm1.bias, carry=True)
         attended = self.attn1(normed, None, size, attend)
         normed, tokens = layer_norm(attended, self.norm2.weight, self.norm2.bias, residual=tokens)
         attended = self.attn2(normed, keys_values, size, attend)

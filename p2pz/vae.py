@@ -210,6 +210,12 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.decoder = Decoder(config)
 
+    def fuse(self) -> None:
+        """Lay weights out as they are read fastest, as `UNet.fuse` does."""
+        for module in self.modules():
+            if isinstance(module, Upsample):
+                module.fuse()
+
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of the latents, *not* multiplied by the scaling factor.
 

@@ -173,7 +173,7 @@ def test_the_bank_is_large_varied_and_paired(pair):
     sides = bank_sentences(*pair)
     assert all(len(side) == len(set(side)) >= 100 for side in sides)
     for template, source, target in zip(SUBJECT_TEMPLATES, *sides, strict=True):
-        assert source == fill(template, pair[0]) and target == fill(template, pair[1])
+        assert [source] == fill([template], pair[0]) and [target] == fill([template], pair[1])
         assert pair[0] in source and pair[1] in target and not re.search(r"[{}]|  ", source + target)
 
 
@@ -220,7 +220,7 @@ PHRASES = [
 @pytest.mark.parametrize(("words", "phrase", "many"), PHRASES, ids=[words for words, *_ in PHRASES])
 def test_articles_and_plurals(words, phrase, many):
     assert with_article(words) == phrase and is_plural(words) == many
-    assert fill("here {is} {a}", words) == f"here {'are' if many else 'is'} {phrase}"
+    assert fill(["here {is} {a}"], words) == [f"here {'are' if many else 'is'} {phrase}"]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_articles_and_plurals(words, phrase, many):
     ],
 )
 def test_definite_articles(words, sentence):
-    assert fill("{the} stand{s}", words) == sentence
+    assert fill(["{the} stand{s}"], words) == [sentence]
 
 
 def test_media_and_prompts():

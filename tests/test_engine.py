@@ -125,8 +125,26 @@ def test_recorded_work_is_of_one_kind_of_prediction():
         p2pz.edit(picture, "cat->dog", model=worker, prompt="a cat", **settings)
         p2pz.sample("a cat", model=worker, **settings)
         p2pz.prompt_to_prompt(picture, "cat->dog", model=worker, prompt="a cat", **settings)
-        kinds.append({kind for kind in model.graphs.graphs if kind[0] not in ("mask", "encode", "decode")})
+        kinds.append({kind for kind in model.graphs.graphs if kind[0] not in ("mask", "encode", "decode", "text")})
     assert len(kinds[1]) == 2 * len(kinds[0]) >= 8
+
+
+def test_texts_are_recorded_by_the_full_batch_and_one_by_one(device, assert_close):
+    """And give what they give unrecorded."""
+    noted = []
+
+    class Noting(Graphs):
+        def call(self, kind, function, arguments):
+            noted.append((kind[0], len(arguments[0])))
+            return super().call(kind, function, arguments)
+
+    model = replace(p2pz.load(MINI_FOLDER, device=device, dtype=torch.float32), graphs=Noting())
+    plain = replace(model, graphs=Graphs(record=False))
+    sentences = 22 * [f"a photo of a {thing}" for thing in ("cat", "dog", "zebra")]
+    for count, recorded in ((1, [1]), (2, []), (64, [64]), (65, [64, 1]), (66, [64])):
+        noted.clear()
+        assert_close(model.encode_text(sentences[:count]), plain.encode_text(sentences[:count]))
+        assert noted == [("text", size) for size in recorded]
 
 
 @needs_gpu

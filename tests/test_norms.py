@@ -486,3 +486,25 @@ def test_reference_without_extras_is_torch(device):
     arguments = layer_arguments((5, 12), torch.float32, device)
     y = layer_norm(**arguments, backend="torch")
     assert torch.equal(y, F.layer_norm(arguments["x"], (12,), arguments["weight"], arguments["bias"], 1e-5))
+
+
+@all_dtypes
+@pytest.mark.parametrize("plan", [None, PARTS_LOOP], ids=str)
+def test_carried_inputs(plan, dtype, device, monkeypatch, assert_close):
+    """A norm that also returns its input: gradients of both add up, and either may be missing."""
+    if plan:
+        monkeypatch.setattr(norms, "_plan", lambda *sizes: plan)
+    for arguments, norm in (
+        (group_arguments((2, 12, 5, 3), 3, dtype, device, silu=True), group_norm),
+        (layer_arguments((2, 5, 12), dtype, device), layer_norm),
+    ):
+        slopes = [torch.randn_like(arguments["x"]) for _ in range(2)]
+        for used in ((0, 1), (0,), (1,)):
+            gradients = []
+            for kind, options in ((arguments, {"backend": "triton"}), (upcast(arguments), {"backend": "torch"})):
+                x = kind["x"].detach().requires_grad_()
+                outputs = norm(**(kind | {"x": x}), carry=True, **options)
+                chosen, steep = [outputs[i] for i in used], [slopes[i].to(x.dtype) for i in used]
+                gradients.append(torch.autograd.grad(chosen, x, steep)[0])
+            assert torch.equal(outputs[1], x)
+            assert_close(*gradients, 2 * BOUNDS[dtype][0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from p2pz.kernels import self_attention
-from p2pz.kernels.self_attention import attention, attention_reference
+from p2pz.kernels.self_attention import attention, attention_reference, split_projection
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -24,6 +24,8 @@ SHAPES = [
     (65, 129, 1, 256),
     (40, 40, 2, 8),
     (33, 70, 1, 96),
+    (1, 1, 1, 80),
+    (1, 30, 1, 160),
 ]
 GPU_SHAPES = [  # batch, positions, heads, head size: Stable Diffusion 1.5, 2.1 and 2.1 at 768 x 768
     (2, 4096, 8, 40), (2, 1024, 8, 80), (2, 256, 8, 160), (2, 64, 8, 160),
@@ -140,10 +142,10 @@ def test_reference_by_finite_differences():
 
 def test_library_op(device):
     (q, k, v), upstream = drawn(1, 20, 33, 2, 24, torch.float32, device)
-    torch.library.opcheck(self_attention._attention, (q.detach(), k.detach(), v.detach()))
-    torch.library.opcheck(self_attention._attention, (q, k, v))
+    torch.library.opcheck(self_attention._attention, (q.detach(), k.detach(), v.detach(), False))
+    torch.library.opcheck(self_attention._attention, (q, k, v, False))
     with torch.no_grad():
-        out, logsum = self_attention._attention(q, k, v)
+        out, logsum = self_attention._attention(q, k, v, False)
     for with_keys in (True, False):
         saved = [x.detach() for x in (upstream, q, k, v, out, logsum)]
         torch.library.opcheck(self_attention._attention_backward, (*saved, with_keys))
@@ -192,34 +194,72 @@ class OnAGpu(torch.Tensor):
     is_cuda = True
 
 
-@pytest.mark.parametrize(("why_not", "faster"), [
-    ("", True), ("head size", False), ("positions", False), ("keys", False), ("dtype", False), ("device", False),
-    ("gradient", False), ("generation", False),
-])  # fmt: skip
-def test_cudnn_serves_where_it_was_measured_to_be_faster(why_not, faster, monkeypatch):
+@pytest.mark.parametrize("why_not", ["", "head size", "positions", "keys", "dtype", "device", "generation", "build"])
+def test_cudnn_serves_where_it_was_measured_to_be_faster(why_not, monkeypatch):
     generation = (10, 0) if why_not == "generation" else (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: why_not != "build")
     dtype = torch.float32 if why_not == "dtype" else torch.float16
     heads = 8, 48 if why_not == "head size" else 40
     q = torch.empty(1, 1023 if why_not == "positions" else 1024, *heads, dtype=dtype)
     k = torch.empty(1, 77 if why_not == "keys" else 1024, *heads, dtype=dtype)
     if why_not != "device":
         q, k = q.as_subclass(OnAGpu), k.as_subclass(OnAGpu)
-    q.requires_grad_(why_not == "gradient")
-    assert self_attention.cudnn_is_faster(q, k, k) == faster
-    with torch.no_grad():
-        assert self_attention.cudnn_is_faster(q, k, k) == (faster or why_not == "gradient")
+    assert self_attention.cudnn_is_faster(q, k, k) == (not why_not)
 
 
-def test_without_cudnn_another_kernel_serves(monkeypatch, assert_close):
-    """On this CPU, for one; whoever asks for a backend gets that."""
+def by_cudnn_on_a_cpu(q, k, v, bias, with_logsum):
+    """What the operator returns, whose logarithms are natural ones."""
+    scores = torch.einsum("bhnd,bhmd->bhnm", q, k) / math.sqrt(q.shape[3])
+    logsum = scores.logsumexp(3, keepdim=True) if with_logsum else torch.empty(0)
+    return scores.softmax(-1) @ v, logsum, *[None] * 7
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_cudnn_goes_forward_and_our_kernels_backward(gradient, device, monkeypatch, assert_close):
+    """The sums are kept where a gradient is wanted; whoever asks for a backend gets that."""
+    called = []
+
+    def operator(*arguments):
+        called.append(arguments[4])
+        return by_cudnn_on_a_cpu(*arguments)
+
     monkeypatch.setattr(self_attention, "cudnn_is_faster", lambda *_: True)
-    q, k, v = torch.randn(3, 2, 70, 3, 16)
-    called = torch.compile(lambda *qkv: attention(*qkv), backend="aot_eager", fullgraph=True)
-    for out in (attention(q, k, v), called(q, k, v)):
-        assert_close(out, explicit(q.double(), k.double(), v.double()))
-    monkeypatch.setattr(self_attention, "attention_by_cudnn", pytest.fail)
-    attention(q, k, v, backend="torch")
+    monkeypatch.setattr(self_attention, "choose_triton", lambda backend, *_: backend != "torch")
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", operator)
+    arguments, upstream = drawn(2, 40, 40, 2, 24, torch.float32, device)
+    expected = results(explicit, arguments, upstream)
+    with torch.set_grad_enabled(gradient):
+        outputs = results(attention, arguments, upstream) if gradient else [attention(*arguments)]
+        for actual, wanted in zip(outputs, expected, strict=False):
+            assert_close(actual, wanted)
+        assert called == [gradient]
+        for backend in ("torch", "triton"):
+            attention(*arguments, backend=backend)
+    assert called == [gradient]
+
+
+def test_gradients_of_a_fused_projection_lie_in_it(device, assert_close, monkeypatch):
+    """They are not put together where `attention` made all three, and are where they come from elsewhere."""
+    joined = []
+    monkeypatch.setattr(torch, "cat", lambda *args, cat=torch.cat, **kwargs: joined.append(1) or cat(*args, **kwargs))
+
+    def run(function, projection):
+        return function(*(x.unflatten(-1, (2, 24)) for x in split_projection(projection)))
+
+    projection = torch.randn(2, 20, 144, device=device, requires_grad=True)
+    upstream = torch.randn(2, 20, 2, 24, device=device)
+    (expected,) = torch.autograd.grad(run(explicit, projection), projection, upstream)
+    assert joined
+    joined.clear()
+    (actual,) = torch.autograd.grad(
+        run(lambda *qkv: attention(*qkv, backend="triton"), projection), projection, upstream
+    )
+    assert not joined and actual.is_contiguous()
+    assert_close(actual, expected)
+    q, _, v = split_projection(projection)
+    (part,) = torch.autograd.grad(q.sum() + 2 * v.sum(), projection)
+    assert torch.equal(part, torch.tensor([1.0, 0.0, 2.0], device=device).repeat_interleave(48).expand(2, 20, 144))
 
 
 @needs_gpu
