@@ -33,8 +33,8 @@ from p2pz.kernels.tiles import dot, load_rows, store_rows
 FEW_KEYS = 128
 """Up to so many keys, if there are more queries, one tile holds them all and the softmax needs a single pass."""
 
-CUDNN_WINS = {40: 1024, 64: 9216}
-"""Head size: positions from which on cuDNN's forward kernel was faster on an H200 (bench/results/kernels.md)."""
+CUDNN_WINS = {40: (1024, 1024), 64: (9216, 9216), 80: (1024, 4096)}
+"""Head size: positions of an image and of the batch from which on cuDNN's forward kernel was faster on an H200."""
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -45,8 +45,10 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def cudnn_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether cuDNN's forward kernel is to serve: where it was measured."""
-    positions = CUDNN_WINS.get(q.shape[3])
-    if positions is None or min(q.shape[1], k.shape[1]) < positions or q.dtype not in HALF_DTYPES:
+    if q.shape[3] not in CUDNN_WINS or q.dtype not in HALF_DTYPES:
+        return False
+    image, batch = CUDNN_WINS[q.shape[3]]
+    if min(q.shape[1], k.shape[1]) < image or len(q) * q.shape[1] < batch:
         return False
     on_gpu = all(x.is_cuda for x in (q, k, v)) and torch.cuda.get_device_capability(q.device) == (9, 0)
     return on_gpu and torch.backends.cudnn.is_available()
@@ -306,11 +308,11 @@ _TILES = {
     },
     "query_gradient": {
         48: (128, 64, 8, 3, 64), 64: (64, 64, 4, 3, 64), 80: (64, 64, 4, 3, 16), 128: (64, 64, 4, 2, 64),
-        160: (64, 64, 4, 2, 16), 256: (32, 32, 4, 2, 64),
+        160: (64, 64, 4, 3, 16), 256: (32, 32, 4, 2, 64),
     },
     "key_gradient": {
-        48: (32, 128, 4, 3, 16), 64: (128, 64, 4, 2, 64), 80: (64, 64, 4, 3, 16), 128: (64, 128, 8, 3, 64),
-        160: (64, 32, 4, 2, 16), 256: (32, 32, 4, 2, 64),
+        48: (32, 128, 4, 4, 16), 64: (128, 64, 4, 2, 64), 80: (64, 64, 4, 3, 16), 128: (64, 128, 8, 3, 64),
+        160: (64, 32, 4, 2, 64), 256: (32, 32, 4, 2, 64),
     },
 }  # fmt: skip
 _FLOAT32_TILES = {64: (64, 32, 4, 2, 32), 128: (32, 32, 4, 2, 32), 256: (16, 16, 4, 2, 32)}

@@ -199,7 +199,7 @@ def encode_text(
     encoder: CLIPTextModel,
     sentences: Sequence[str],
     graphs: Graphs,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> Tensor:
     """Hidden states of sentences, padded or cut to the encoder's context length.
 

@@ -141,7 +141,7 @@ def test_texts_are_recorded_by_the_full_batch_and_one_by_one(device, assert_clos
     model = replace(p2pz.load(MINI_FOLDER, device=device, dtype=torch.float32), graphs=Noting())
     plain = replace(model, graphs=Graphs(record=False))
     sentences = 22 * [f"a photo of a {thing}" for thing in ("cat", "dog", "zebra")]
-    for count, recorded in ((1, [1]), (2, []), (64, [64]), (65, [64, 1]), (66, [64])):
+    for count, recorded in ((1, [1]), (2, []), (32, [32]), (65, [32, 32, 1]), (66, [32, 32])):
         noted.clear()
         assert_close(model.encode_text(sentences[:count]), plain.encode_text(sentences[:count]))
         assert noted == [("text", size) for size in recorded]

@@ -194,13 +194,15 @@ class OnAGpu(torch.Tensor):
     is_cuda = True
 
 
-@pytest.mark.parametrize("why_not", ["", "head size", "positions", "keys", "dtype", "device", "generation", "build"])
+@pytest.mark.parametrize("why_not", [
+    "", "head size", "positions", "keys", "batch", "dtype", "device", "generation", "build",
+])  # fmt: skip
 def test_cudnn_serves_where_it_was_measured_to_be_faster(why_not, monkeypatch):
     generation = (10, 0) if why_not == "generation" else (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: why_not != "build")
     dtype = torch.float32 if why_not == "dtype" else torch.float16
-    heads = 8, 48 if why_not == "head size" else 40
+    heads = 8, {"head size": 48, "batch": 80}.get(why_not, 40)
     q = torch.empty(1, 1023 if why_not == "positions" else 1024, *heads, dtype=dtype)
     k = torch.empty(1, 77 if why_not == "keys" else 1024, *heads, dtype=dtype)
     if why_not != "device":
@@ -276,6 +278,21 @@ def test_without_gradient(shape, dtype, device):
         assert error(attention(q[:rows], k[:rows], v[:rows]), out[:rows].double()) < BOUNDS[dtype]
     one = [x[:1, :, :2].double() for x in (q, k, v)]
     assert error(out[:1, :, :2], explicit(*one)) < BOUNDS[dtype]
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4096, 8, 40), (1, 9216, 5, 64), (4, 1024, 8, 80)], ids=str)
+def test_gradients_behind_cudnn(shape, dtype, device):
+    """Our backward kernels take its sums; the same bits every time."""
+    batch, count, heads, width = shape
+    arguments, upstream = drawn(batch, count, count, heads, width, dtype, device)
+    assert self_attention.cudnn_is_faster(*arguments) or torch.cuda.get_device_capability() != (9, 0)
+    ours = results(attention, arguments, upstream)
+    assert all(map(torch.equal, results(attention, arguments, upstream), ours))
+    one = [x[:1, :, :1].detach().double().requires_grad_() for x in arguments]
+    for actual, expected in zip(ours, results(explicit, one, upstream[:1, :, :1].double()), strict=True):
+        assert error(actual[:1, :, :1], expected) < BOUNDS[dtype]
 
 
 @needs_gpu
