@@ -318,20 +318,29 @@ _TILES = {
 _FLOAT32_TILES = {64: (64, 32, 4, 2, 32), 128: (32, 32, 4, 2, 32), 256: (16, 16, 4, 2, 32)}
 
 
-def _tiles(kernel: str, q: Tensor, keys: int) -> dict[str, int]:
-    """Head size, its parts and tile sizes, as keyword arguments of a kernel."""
+def _tiles(kernel: str, q: Tensor, k: Tensor, *others: Tensor) -> dict[str, int]:
+    """Head size, its parts and tile sizes, as keyword arguments of a kernel that reads these tensors."""
     width = q.shape[3]
     table = _FLOAT32_TILES if q.dtype == torch.float32 else _TILES[kernel]
     block_n, block_m, warps, stages, least = next(tiles for limit, tiles in table.items() if width <= limit)
     if width > 64 and has_little_shared_memory(q):
         stages = min(stages, 2)
-    if 1 in (q.shape[1], keys):
-        # Triton makes a 1 a constant and drops the loop; tiles narrower than 128 bytes are stored in another order, and
-        # ptxas 12.8 (of Triton 3.6) confuses addresses where a kernel without a loop mixes two orders.
+    if 1 in (q.shape[1], k.shape[1]) or not all(_is_fetched_ahead(x) for x in (q, k, *others)):
+        # Tiles narrower than 128 bytes are stored in another order, and ptxas 12.8 (of Triton 3.6) confuses addresses
+        # where a kernel without a pipelined loop mixes two orders. (A count of 1 is a constant, and leaves no loop.)
         least = 128 // q.element_size()
     d0, d1 = split_width(width, least)
     sizes = {"D": width, "D0": d0, "D1": d1, "BLOCK_N": block_n, "BLOCK_M": block_m}
     return sizes | {"num_warps": warps, "num_stages": stages}
+
+
+def _is_fetched_ahead(x: Tensor) -> bool:
+    """Whether Triton knows that rows of `[B, N, H, D]` begin and end at multiples of 4 bytes, for asynchronous copies.
+
+    Of arguments it knows what 16 divides; the heads' stride and D are constants.
+    """
+    known = x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0
+    return known and all(count * x.element_size() % 4 == 0 for count in (x.stride(2), x.shape[3]))
 
 
 def _layout(**tensors: Tensor) -> dict[str, int]:
@@ -354,7 +363,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, by_cudnn: bool) -> tuple[Tensor,
     keys = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logsum = torch.empty(batch, heads, count, dtype=torch.float32, device=q.device)
-    tiles = _tiles("forward", q, keys)
+    tiles = _tiles("forward", q, k, v)
     launch(
         _forward_kernel, (triton.cdiv(count, tiles["BLOCK_N"]), batch * heads),
         q, k, v, out, logsum, score_scale(q), count, keys, **_layout(q=q, k=k, v=v),
@@ -383,14 +392,14 @@ def _attention_backward(
     common = _layout(q=q, k=k, v=v, g=dout) | {"H": heads}
     scale = score_scale(q)
 
-    tiles = _tiles("query_gradient", q, keys)
+    tiles = _tiles("query_gradient", q, k, v, dout)
     launch(
         _query_gradient_kernel, (triton.cdiv(count, tiles["BLOCK_N"]), batch * heads),
         q, k, v, out, dout, logsum, delta, dq, scale, count, keys, **common,
         ROW=dq.stride(1), **tiles, RAGGED=keys % tiles["BLOCK_M"] != 0,
     )  # fmt: skip
     if with_keys:
-        tiles = _tiles("key_gradient", q, keys)
+        tiles = _tiles("key_gradient", q, k, v, dout)
         launch(
             _key_gradient_kernel, (triton.cdiv(keys, tiles["BLOCK_M"]), batch * heads),
             q, k, v, dout, logsum, delta, dk, dv, scale, count, keys, **common,

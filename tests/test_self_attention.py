@@ -26,6 +26,8 @@ SHAPES = [
     (33, 70, 1, 96),
     (1, 1, 1, 80),
     (1, 30, 1, 160),
+    (70, 70, 1, 72),
+    (70, 70, 2, 79),
 ]
 GPU_SHAPES = [  # batch, positions, heads, head size: Stable Diffusion 1.5, 2.1 and 2.1 at 768 x 768
     (2, 4096, 8, 40), (2, 1024, 8, 80), (2, 256, 8, 160), (2, 64, 8, 160),
@@ -278,6 +280,20 @@ def test_without_gradient(shape, dtype, device):
         assert error(attention(q[:rows], k[:rows], v[:rows]), out[:rows].double()) < BOUNDS[dtype]
     one = [x[:1, :, :2].double() for x in (q, k, v)]
     assert error(out[:1, :, :2], explicit(*one)) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize(("shape", "offset", "narrow"), [
+    ((2, 64, 8, 80), 0, True), ((1, 256, 8, 160), 0, True), ((2, 64, 1, 72), 0, False), ((2, 64, 2, 79), 0, False),
+    ((2, 64, 8, 80), 1, False), ((2, 1, 8, 80), 0, False),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kernel", ["forward", "query_gradient"])
+def test_narrow_tiles_only_in_pipelined_loops(kernel, shape, offset, narrow, device):
+    """Elsewhere a compiler's error makes them wrong: where rows may begin anywhere, and where there is no loop."""
+    batch, count, heads, width = shape
+    fused = torch.empty(math.prod(shape) * 3 + offset, dtype=torch.float16, device=device)[offset:]
+    q, k, v = fused.view(batch, count, 3, heads, width).unbind(2)
+    tiles = self_attention._tiles(kernel, q, k, v)
+    assert (min(tiles["D0"], tiles["D1"] or 64) < 64) == narrow and tiles["D0"] + tiles["D1"] >= width
 
 
 @needs_gpu
