@@ -674,8 +674,10 @@ def _edit_batch(
     )
     timestep = denoising_schedule(settings[0].steps).timesteps[0]
     start = noise.repeat(len(directions), 1, 1, 1)
-    check_finite(torch.cat([latents, reference]), model, start, timestep, edited)
-    pictures, reconstructions = (to_pictures(model.decode_latents(x)) for x in (latents, reference))
+    both = torch.cat([latents, reference])
+    check_finite(both, model, start, timestep, edited)
+    drawn = to_pictures(model.decode_latents(both))  # at once, so that the GPU need not wait in between
+    pictures, reconstructions = drawn[: len(latents)], drawn[len(latents) :]
     if mask is not None:  # the autoencoder would blur what is not to be changed
         originals = [inversion.picture for inversion in inversions] * len(directions)
         pictures = [keep_outside(*three) for three in zip(pictures, originals, mask.cpu(), strict=True)]

@@ -212,8 +212,8 @@ def to_original_size(picture: Image.Image, original: ImageLike) -> Image.Image:
 
 def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
     """RGB pictures of one size as `[B, 3, H, W]` float32 in [-1, 1]."""
-    arrays = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
-    return torch.from_numpy(arrays / 127.5 - 1).permute(0, 3, 1, 2)
+    arrays = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:

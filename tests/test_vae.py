@@ -1,3 +1,4 @@
+import copy
 import json
 import time
 
@@ -52,6 +53,25 @@ def test_decode_equals_diffusers(pair, size, assert_close):
     images = ours.decode(latents)
     assert images.shape == (2, 3, size[0] * ours.config.downsampling, size[1] * ours.config.downsampling)
     assert_close(images, theirs.decode(latents).sample)
+
+
+def test_half_precision_enlarges_by_merged_weights(pair, device, assert_close):
+    """As near to float32 as the convolution of the enlarged map; and again as it was in float32."""
+    ours = pair[0]
+    latents = torch.randn(1, 4, 6, 10, device=device)
+    exact = copy.deepcopy(ours).to(device).decode(latents)
+    plain = copy.deepcopy(ours).to(device, torch.bfloat16)
+    fused = copy.deepcopy(plain)
+    fused.fuse()
+    merged = [name for name, _ in fused.named_buffers() if name.endswith("merged")]
+    assert len(merged) == len(ours.config.block_out_channels) - 1
+    near, nearest = (vae.decode(latents.bfloat16()).float() for vae in (fused, plain))
+    assert not torch.equal(near, nearest)
+    assert (near - exact).norm() < 1.3 * (nearest - exact).norm()
+    wide = fused.float()
+    wide.fuse()
+    assert not dict(wide.named_buffers()).keys() & set(merged)
+    assert_close(wide.decode(latents), plain.float().decode(latents))
 
 
 def test_log_variance_is_clamped(randomise):
