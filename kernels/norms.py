@@ -680,6 +680,11 @@ def _check(
     return f"{trained[0]} requires a gradient: the kernels give them for activations only" if trained else None
 
 
+def _check_carry(carry: bool, *added: Tensor | None) -> None:
+    if carry and any(tensor is not None for tensor in added):
+        raise ValueError("carry returns x as it is: it goes with neither a shift nor a residual")
+
+
 def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype not in (x.dtype, torch.float32) or tensor.device != x.device:
         raise ValueError(
@@ -725,6 +730,7 @@ def group_norm(
     if groups < 1 or channels % groups:
         raise ValueError(f"groups must be a divisor of the {channels} channels of x, not {groups}")
     unsupported = _check(x, channels, weight, bias, residual, sum_bias)
+    _check_carry(carry, shift, residual)
     if shift is not None:
         if shift.shape not in ((channels,), (batch, channels)):
             raise ValueError(f"shift must be {[channels]} or {[batch, channels]}, not {list(shift.shape)}")
@@ -770,6 +776,7 @@ def layer_norm(
         raise ValueError(f"x must be [..., C] with no empty axis, not {list(x.shape)}")
     width = x.shape[-1]
     unsupported = _check(x, width, weight, bias, residual, sum_bias)
+    _check_carry(carry, residual)
     if width > MAX_ROW_WIDTH:
         unsupported = f"rows of {width} channels: up to {MAX_ROW_WIDTH} are supported"
     tensors = [tensor for tensor in (x, weight, bias, residual, sum_bias) if tensor is not None]

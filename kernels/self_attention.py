@@ -56,7 +56,7 @@ def cudnn_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def attention_by_cudnn(q: Tensor, k: Tensor, v: Tensor, with_logsum: bool) -> tuple[Tensor, Tensor | None]:
     """What `_attention` returns, by cuDNN's forward kernel alone: its gradient was never twice the same."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (unit_stride(x).transpose(1, 2) for x in (q, k, v))
     out, logsum, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, with_logsum)
     return out.transpose(1, 2).contiguous(), logsum.squeeze(3) * math.log2(math.e) if with_logsum else None
 
@@ -449,6 +449,8 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _SplitProjection(torch.autograd.Function):
+    """See `split_projection`."""
+
     @staticmethod
     def forward(ctx, projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return projection.chunk(3, dim=-1)

@@ -508,3 +508,17 @@ def test_carried_inputs(plan, dtype, device, monkeypatch, assert_close):
                 gradients.append(torch.autograd.grad(chosen, x, steep)[0])
             assert torch.equal(outputs[1], x)
             assert_close(*gradients, 2 * BOUNDS[dtype][0])
+
+
+@pytest.mark.parametrize("added", ["shift", "residual"])
+def test_what_is_carried_is_the_input_alone(added, device):
+    groups, layers = (
+        group_arguments((2, 12, 5, 3), 3, torch.float32, device),
+        layer_arguments((5, 12), torch.float32, device),
+    )
+    more = {"shift": torch.zeros(12, device=device), "residual": torch.zeros_like(groups["x"])}
+    with pytest.raises(ValueError, match="neither a shift nor a residual"):
+        group_norm(**groups | {added: more[added]}, carry=True)
+    if added == "residual":
+        with pytest.raises(ValueError, match="neither a shift nor a residual"):
+            layer_norm(**layers | {added: torch.zeros_like(layers["x"])}, carry=True)
