@@ -225,9 +225,9 @@ def test_kernels_inside_the_unet(name, unet_pair, assert_close, device, monkeypa
     for chosen in (False, True):
         for module in (cross_attention, gating, map_guidance, norms, self_attention):
             monkeypatch.setattr(module, "choose_triton", lambda _, why_not, *__, chosen=chosen: chosen and not why_not)
-        maps = {}
-        output = unet(*args, attend=record_cross_attention(maps))
-        results.append([output, *maps.values(), *losses_and_gradient(unet, kept(unet, *args), *args[:2], other)])
+        maps, reference = {}, {}
+        output = unet(*args, attend=keep_queries_and_keys(reference, record_cross_attention(maps)))
+        results.append([output, *maps.values(), *losses_and_gradient(unet, reference, *args[:2], other)])
     for by_reference, by_kernel in zip(*results, strict=True):
         assert_close(by_kernel, by_reference, 1e-4)
 
