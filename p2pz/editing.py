@@ -674,14 +674,18 @@ def _edit_batch(
     )
     timestep = denoising_schedule(settings[0].steps).timesteps[0]
     start = noise.repeat(len(directions), 1, 1, 1)
-    both = torch.cat([latents, reference])
-    check_finite(both, model, start, timestep, edited)
-    drawn = to_pictures(model.decode_latents(both))  # at once, so that the GPU need not wait in between
-    pictures, reconstructions = drawn[: len(latents)], drawn[len(latents) :]
+    check_finite(torch.cat([latents, reference]), model, start, timestep, edited)
+    pictures, reconstructions = draw(model, latents, reference)
     if mask is not None:  # the autoencoder would blur what is not to be changed
         originals = [inversion.picture for inversion in inversions] * len(directions)
         pictures = [keep_outside(*three) for three in zip(pictures, originals, mask.cpu(), strict=True)]
     return pictures, reconstructions
+
+
+def draw(model: Model, *latents: Tensor) -> list[list[Image.Image]]:
+    """Pictures of each batch of latents, `[B, 4, h, w]`, decoded without a wait of the GPU in between."""
+    drawn = iter(to_pictures(model.decode_latents(torch.cat(latents))))
+    return [list(itertools.islice(drawn, len(batch))) for batch in latents]
 
 
 def keep_outside(picture: Image.Image, original: Image.Image, mask: Tensor) -> Image.Image:

@@ -36,8 +36,8 @@ VAE = 7.2
 MARGIN = 1.25
 # Libraries' work spaces (32 MiB for each library and stream on a Hopper), small tensors, and what the trial run before
 # a recording takes beside the memory of other graphs. What the recorded text encoder takes, where it stays on the GPU:
-# an edit took 0.09 more with it. With both the estimate for one image of 512 x 512, SD 1.5, float16, all parts on the
-# GPU, is 3.49 GiB for 1 guided row and 4.17 for 2.
+# an edit took 0.09 more when its batches were twice as large. With both the estimate for one image of 512 x 512,
+# SD 1.5, float16, all parts on the GPU, is 3.49 GiB for 1 guided row and 4.17 for 2.
 FIXED, RECORDED_TEXT = round(0.40 * GIB), round(0.10 * GIB)
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from p2pz.attention import Attend, Site
 from p2pz.checks import check_finite
 from p2pz.directions import Direction, check_words_differ, parse_direction
-from p2pz.editing import EditResult, edit_latents, prompts_for
+from p2pz.editing import EditResult, draw, edit_latents, prompts_for
 from p2pz.engine import Tensors, explain_out_of_memory, row
-from p2pz.images import ImageLike, as_list, psnr, to_pictures, to_tensor
+from p2pz.images import ImageLike, as_list, psnr, to_tensor
 from p2pz.inversion import Inversion, common_steps, invert_pictures, open_images
 from p2pz.kernels import attention, edited_attention
 from p2pz.memory import batches_for
@@ -256,7 +256,7 @@ def sdedit(
         latents = sdedit_latents(
             model, image_latents, noise, negative, context, batch.settings, noise_strength, progress
         )
-        edited, own = (to_pictures(model.decode_latents(x)) for x in (latents, image_latents))
+        edited, own = draw(model, latents, image_latents)
         return [
             SDEditResult(image, reconstruction, batch.prompts[i], batch.quality(i, reconstruction))
             for i, (image, reconstruction) in enumerate(zip(edited, own, strict=True))
@@ -287,7 +287,7 @@ def _from_inversions(denoise: Denoise, seed: int, progress: bool | None) -> Call
         latents = denoise(batch, noise, caption, swapped)
         timestep = denoising_schedule(batch.settings.steps).timesteps[0]
         check_finite(torch.cat(latents), model, noise, timestep, swapped)
-        edited, reconstructions = (to_pictures(model.decode_latents(x)) for x in latents)
+        edited, reconstructions = draw(model, *latents)
         return [
             EditResult(image, reconstruction, inversions[i], batch.prompts[i], batch.quality(i, reconstruction))
             for i, (image, reconstruction) in enumerate(zip(edited, reconstructions, strict=True))

@@ -91,9 +91,8 @@ def test_diffusers_preset_equals_diffusers(model, pipeline, pictures, cat_to_dog
         assert relative_error(our_edit, torch.as_tensor(their_edit)) < 3e-5
 
 
-@pytest.mark.parametrize(
-    ("gradient", "negative_prompt"), [("conditional", None), ("both", "a photo of a dog"), ("halves", None)]
-)
+@pytest.mark.parametrize("gradient", ["conditional", "both", "halves"])
+@pytest.mark.parametrize("negative_prompt", [None, "a photo of a dog"])
 def test_an_image_in_a_batch_is_edited_as_alone(model, pictures, cat_to_dog, gradient, negative_prompt):
     settings = {"steps": 2, "gradient": gradient, "negative_prompt": negative_prompt, "progress": False}
     settings |= {"guidance": 3.0, "autocorrelation_strength": 10.0, "kl_strength": 10.0}
@@ -112,9 +111,10 @@ def test_several_directions_give_what_each_gives_alone(model, pictures, cat_to_d
     settings |= {"guidance": 2.0, "prompt": "a photo of a cat", "progress": False}
     together = p2pz.edit(pictures[:2], directions, batch_size=4, **settings)
     assert [len(row) for row in together] == [3, 3]
-    for i, j in ((0, 0), (1, 1), (0, 2), (1, 0)):
-        result, alone = together[i][j], p2pz.edit(pictures[i], directions[j], **settings)
-        assert psnr(result.image, alone.image) > 50 and psnr(result.reconstruction, alone.reconstruction) > 50
+    for picture, results in zip(pictures, together, strict=False):
+        for direction, result in zip(directions, results, strict=True):
+            alone = p2pz.edit(picture, direction, **settings)
+            assert psnr(result.image, alone.image) > 50 and psnr(result.reconstruction, alone.reconstruction) > 50
     assert psnr(together[0][0].image, together[0][1].image) < 30
     one_image = p2pz.edit(pictures[0], directions[:2], **settings)
     assert [psnr(one.image, other.image) > 50 for one, other in zip(one_image, together[0], strict=False)] == [True] * 2
