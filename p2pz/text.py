@@ -221,7 +221,7 @@ def encode_text(
 
     states = []
     for batch in _batches(sentences, batch_size):
-        tokens = [_tokens(tokenizer, batch).to(encoder.device)]
+        tokens = [_tokens(tokenizer, batch).to(encoder.device, non_blocking=True)]  # the next batch is read meanwhile
         often = len(batch) in (1, batch_size)
         states += graphs.call(("text", id(encoder)), last_states, tokens) if often else last_states(*tokens)
     return torch.cat(states)

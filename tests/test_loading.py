@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from p2pz.weights import MINI_FOLDER, CheckpointError, fill, find_tensors, read_
 from p2pz.weights.folder import VAE_RENAMES, rename
 
 SENTENCES = ["a photo of a cat on the beach", "", "A sketch, of a dog!", "a cat " * 60]
+load = partial(p2pz.load, device="cpu")  # beside diffusers on the CPU, also where there is a GPU
 UNET_FILE, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 
 
@@ -226,7 +228,7 @@ def test_rename():
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_text_states_equal_diffusers(family, saved, assert_close):
     pipe, folder = saved(family)
-    model = p2pz.load(folder)
+    model = load(folder)
     expected = pipe.encode_prompt(SENTENCES[:3], "cpu", 1, False)[0]
     assert_close(model.encode_text(SENTENCES[:3]), expected)
     with pytest.warns(UserWarning, match="only the first 75 tokens count"):
@@ -244,7 +246,7 @@ def test_sample_equals_diffusers(family, saved, assert_close):
     else:
         pipe, folder = saved(family)
         steps, guidance, prompt = 4, 3.0, "a cat"
-    model = p2pz.load(folder)
+    model = load(folder)
     assert model.prediction_type == ("v_prediction" if family == "sd2" else "epsilon")
 
     size = 128 // model.vae.config.downsampling
@@ -263,7 +265,7 @@ def test_sample_equals_diffusers(family, saved, assert_close):
 
 def test_old_attention_names_of_the_vae(folder, assert_close):
     images = torch.rand(1, 3, 64, 64) * 2 - 1
-    expected = p2pz.load(folder).encode_image(images)
+    expected = load(folder).encode_image(images)
     old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def write_old_names(tensors):
@@ -273,11 +275,11 @@ def test_old_attention_names_of_the_vae(folder, assert_close):
         assert sum("proj_attn" in name for name in tensors) == 4
 
     change_tensors(folder / VAE_FILE, write_old_names)
-    assert_close(p2pz.load(folder).encode_image(images), expected, 0)
+    assert_close(load(folder).encode_image(images), expected, 0)
 
     change_tensors(folder / VAE_FILE, lambda t: t.update({"encoder.mid_block.attentions.0.to_q.bias": torch.zeros(16)}))
     with pytest.raises(CheckpointError, match=r"holds encoder.mid_block.attentions.0.to_q.bias twice"):
-        p2pz.load(folder)
+        load(folder)
 
 
 def test_old_names_are_renamed_in_attention_only():
@@ -293,12 +295,12 @@ def test_old_names_are_renamed_in_attention_only():
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_float16_files(variant, folder, assert_close):
     """A float16 folder, under either file name, gives the same model and the same text fingerprint."""
-    full = p2pz.load(folder)
+    full = load(folder)
     for path in folder.glob("*/*.safetensors"):
         tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
         path.unlink()
         save_file(tensors, path.with_suffix(f".{variant}.safetensors") if variant else path, {"format": "pt"})
-    half = p2pz.load(folder)
+    half = load(folder)
     assert half.text_fingerprint == full.text_fingerprint
     assert half.dtype == half.text_encoder.dtype == torch.float32  # on the CPU, whatever the file has
     assert_close(half.encode_text(SENTENCES[:2]), full.encode_text(SENTENCES[:2]), 5e-3)
@@ -308,14 +310,14 @@ def test_float16_files(variant, folder, assert_close):
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_sharded_files(variant, saved, folder):
     """As diffusers and transformers write large models: an index and files of a part of the tensors each."""
-    pipe, expected = saved("sd1")[0], p2pz.load(folder)
+    pipe, expected = saved("sd1")[0], load(folder)
     for part, size in (("unet", "100KB"), ("vae", "50KB"), ("text_encoder", "20KB")):
         for path in (folder / part).glob("*.safetensors"):
             path.unlink()
         getattr(pipe, part).save_pretrained(folder / part, max_shard_size=size, variant=variant)
         assert len(list((folder / part).glob("*-of-*.safetensors"))) > 1
         assert find_tensors(folder / part).name.endswith(f".safetensors.index.{'fp16.' if variant else ''}json")
-    model = p2pz.load(folder)
+    model = load(folder)
     assert model.text_fingerprint == expected.text_fingerprint
     for part in ("unet", "vae", "text_encoder"):
         wanted = getattr(expected, part).state_dict()
@@ -343,17 +345,17 @@ def test_wrong_indices_are_refused_by_name(name, folder):
     save_file(dict(list(tensors.items())[:9]), folder / "unet/half.safetensors")
     (folder / "unet" / INDEX).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=message) as error:
-        p2pz.load(folder)
+        load(folder)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
 def test_text_encoder_is_read_in_the_dtype_of_its_file(folder):
     """Whatever its config.json says; float16 there must not cost a float32 file its precision."""
-    expected = p2pz.load(folder)
+    expected = load(folder)
     change_json(folder / "text_encoder/config.json", dtype="float16")
-    model = p2pz.load(folder)
+    model = load(folder)
     assert torch.equal(model.encode_text(SENTENCES[:2]), expected.encode_text(SENTENCES[:2]))
-    fingerprints = {loaded.text_fingerprint for loaded in (expected, model, p2pz.load(folder, dtype=torch.bfloat16))}
+    fingerprints = {loaded.text_fingerprint for loaded in (expected, model, load(folder, dtype=torch.bfloat16))}
     assert len(fingerprints) == 1
 
 
@@ -364,29 +366,24 @@ def test_text_encoder_is_read_in_the_dtype_of_its_file(folder):
 ])  # fmt: skip
 def test_a_merged_lora_or_another_vae_make_another_model(part, name, folder):
     """Directions are of a text encoder, inversions of the whole model."""
-    before = p2pz.load(folder)
+    before = load(folder)
     path = folder / f"{part}.safetensors"
     tensors = load_file(path)
     change = {key: x + 0.01 * torch.randn_like(x) for key, x in tensors.items() if key.endswith(name)}
     assert change
     save_file(tensors | change, path, {"format": "pt"})
-    after = p2pz.load(folder)
+    after = load(folder)
     assert after.fingerprint != before.fingerprint
     assert (after.text_fingerprint != before.text_fingerprint) == part.startswith("text_encoder")
-    assert p2pz.load(folder, prediction_type="v_prediction").fingerprint not in (before.fingerprint, after.fingerprint)
+    assert load(folder, prediction_type="v_prediction").fingerprint not in (before.fingerprint, after.fingerprint)
 
 
 def test_fingerprint_tells_text_encoders_apart(saved):
-    assert (
-        len(
-            {p2pz.load(saved(family)[1]).text_fingerprint for family in ("sd1", "sd2")} | {p2pz.load().text_fingerprint}
-        )
-        == 3
-    )
+    assert len({load(saved(family)[1]).text_fingerprint for family in ("sd1", "sd2")} | {load().text_fingerprint}) == 3
 
 
 def test_dtype_and_frozen_parameters(folder):
-    model = p2pz.load(folder, dtype=torch.bfloat16)
+    model = load(folder, dtype=torch.bfloat16)
     for module in (model.unet, model.vae, model.text_encoder):
         assert not module.training
         assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in module.parameters())
@@ -467,25 +464,25 @@ def test_loading_makes_no_second_copy(large_folder):
 
 
 def test_environment_names_the_default_model(saved, tmp_path, monkeypatch):
-    assert p2pz.load().folder == MINI_FOLDER
+    assert load().folder == MINI_FOLDER
     monkeypatch.setenv("P2PZ_MODEL", str(saved("sd2")[1]))
-    model = p2pz.load()
+    model = load()
     assert model.folder == saved("sd2")[1].resolve() and model.prediction_type == "v_prediction" and not model.is_mini
-    assert p2pz.load(MINI_FOLDER).is_mini
+    assert load(MINI_FOLDER).is_mini
     monkeypatch.setenv("P2PZ_MODEL", str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
-        p2pz.load()
+        load()
     monkeypatch.setenv("P2PZ_MODEL", "a" * 5000)  # the name of a file cannot be as long
     with pytest.raises(CheckpointError, match="aaa does not exist"):
-        p2pz.load()
+        load()
     monkeypatch.setenv("P2PZ_MODEL", "")
-    assert p2pz.load().is_mini
+    assert load().is_mini
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, "float16"], ids=str)
 def test_dtypes_that_nothing_computes_in(dtype):
     with pytest.raises(ValueError, match=r"dtype must be torch\.float16, bfloat16, float32 or float64, not "):
-        p2pz.load(MINI_FOLDER, dtype=dtype)
+        load(MINI_FOLDER, dtype=dtype)
 
 
 def remove(*names):
@@ -634,7 +631,7 @@ def test_wrong_folders_are_refused_by_name(name, folder):
     spoil, message = WRONG[name]
     spoil(folder)
     with pytest.raises(CheckpointError, match=message) as error:
-        p2pz.load(folder)
+        load(folder)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
@@ -669,14 +666,14 @@ def test_settings_of_another_kind_are_refused_by_name(part, setting, values, fol
     for value in values:
         change_json(path, **{setting: value})
         with pytest.raises(CheckpointError, match=rf"{part}/config\.json .*\bits {setting} is ") as error:
-            p2pz.load(folder)
+            load(folder)
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 def test_settings_that_would_change_transformers_answers_are_left_aside(folder):
-    expected = p2pz.load(folder).encode_text(SENTENCES[:2])
+    expected = load(folder).encode_text(SENTENCES[:2])
     change_json(folder / "text_encoder/config.json", return_dict=False, output_attentions=True, attention_dropout=0.9)
-    assert torch.equal(p2pz.load(folder).encode_text(SENTENCES[:2]), expected)
+    assert torch.equal(load(folder).encode_text(SENTENCES[:2]), expected)
 
 
 @pytest.mark.parametrize(
@@ -699,36 +696,36 @@ def test_widths_of_text_encoder_and_unet_must_agree(folder, saved, randomise):
     )
     encoder.save_pretrained(folder / "text_encoder")
     with pytest.raises(CheckpointError, match="states of width 32, but its UNet reads 24"):
-        p2pz.load(folder)
+        load(folder)
 
 
 def test_context_length_is_the_encoders(folder):
     """A tokenizer without a length of its own pads to the 77 positions that the text encoder has."""
     change_json(folder / "tokenizer/tokenizer_config.json", model_max_length=...)
-    assert p2pz.load(folder).encode_text(["a cat"]).shape == (1, 77, 24)
+    assert load(folder).encode_text(["a cat"]).shape == (1, 77, 24)
 
 
 def test_a_file_is_no_model(folder):
     with pytest.raises(CheckpointError, match="is a file"):
-        p2pz.load(folder / "model_index.json")
+        load(folder / "model_index.json")
 
 
 def test_the_folder_of_a_single_file_is_no_model(tmp_path):
     save_file({"model.diffusion_model.out.0.bias": torch.zeros(1)}, tmp_path / "v1-5.safetensors")
     with pytest.raises(CheckpointError, match=r"has no unet folder; to load a single file, give .*/v1-5.safetensors"):
-        p2pz.load(tmp_path)
+        load(tmp_path)
 
 
 def test_the_folder_of_a_lora_is_told_so(tmp_path):
     save_file({"unet.mid_block.to_q.lora_A.weight": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
     with pytest.raises(CheckpointError, match=r"pytorch_lora_weights.safetensors looks like a LoRA .*: merge it"):
-        p2pz.load(tmp_path)
+        load(tmp_path)
 
 
 def test_loading_prints_nothing(folder, capfd, caplog):
     with caplog.at_level(logging.WARNING):
-        p2pz.load(folder)
-        p2pz.caption(np.full((128, 128, 3), 128, np.uint8), model=p2pz.load())
+        load(folder)
+        p2pz.caption(np.full((128, 128, 3), 128, np.uint8), model=load())
     assert capfd.readouterr() == ("", "") and not caplog.records
 
 
@@ -740,7 +737,7 @@ def test_bundled_model():
     size = sum(path.stat().st_size for path in files)
     print(f"{size / 2**20:.1f} MiB in {len(files)} files")
     assert size <= 30 * 2**20
-    model = p2pz.load()
+    model = load()
     assert model.is_mini and model.prediction_type == "epsilon" and model.dtype == torch.float32
     assert (model.vae.config.sample_size, model.vae.config.downsampling) == (128, 4)
     assert model.encode_text(SENTENCES[:2]).shape == (2, 77, 128)
