@@ -353,10 +353,13 @@ def load(
         raise ValueError(
             f"max_memory is {max_memory:.3g} GiB, but the weights of the UNet alone take {weights / GIB:.3g}: raise it"
         )
+    for part in (checkpoint.unet, checkpoint.vae, checkpoint.text_encoder, checkpoint.text_encoder_2):
+        if part is not None:
+            part.tensors.clear()  # so that a file's pages leave host memory once its module lies elsewhere
     home = device if budget is None else torch.device("cpu")  # until a plan calls the others to the GPU
     unet, vae = _place(unet, device, dtype), _place(vae, home, vae_dtype(unet.config, vae.config, dtype))
-    for part in (unet, vae):
-        part.fuse()
+    for module in (unet, vae):
+        module.fuse()
     model = Model(
         folder=checkpoint.path,
         unet=unet,

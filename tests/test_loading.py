@@ -407,26 +407,31 @@ import torch
 import p2pz
 
 
-def anonymous():  # bytes of memory that no file backs
+KINDS = "RssAnon", "RssFile"
+
+
+def resident():  # bytes of memory that no file backs, and that files back
     with open("/proc/self/status") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
+        found = dict(line.split(":") for line in status)
+    return [1024 * int(found[kind].split()[0]) for kind in KINDS]
 
 
 def watch(done, samples):
     while not done.wait(0.001):
-        samples.append(anonymous())
+        samples.append(resident())
 
 
 tokenizer = sys.argv[2] if len(sys.argv) > 2 else None
 models, grown = [p2pz.load()], {}  # what imports and first calls allocate is not counted
 for dtype in ("float16", "float32"):
-    done, samples, before = threading.Event(), [], anonymous()
+    done, samples, before = threading.Event(), [], resident()
     watcher = threading.Thread(target=watch, args=(done, samples))
     watcher.start()
     models.append(p2pz.load(sys.argv[1], device="cpu", dtype=getattr(torch, dtype), tokenizer=tokenizer))
     done.set()
     watcher.join()
-    grown[dtype] = max(*samples, anonymous()) - before
+    samples.append(resident())
+    grown[dtype] = [max(column) - start for column, start in zip(zip(*samples), before)]
 print(json.dumps(grown))
 """
 
@@ -452,15 +457,20 @@ def large_folder(folder):
     not STATUS.exists() or "RssAnon" not in STATUS.read_text(), reason="needs Linux's account of a process's memory"
 )
 def test_loading_makes_no_second_copy(large_folder):
-    """Memory that no file backs grows by the reordered convolutions in the files' dtype, by all weights in another."""
-    weights = [weight for path in large_folder.glob("*/*.safetensors") for weight in load_file(path).values()]
-    total = sum(weight.nbytes for weight in weights)
-    copied = {"float16": sum(weight.nbytes for weight in weights if weight.ndim == 4), "float32": 2 * total}
+    """Memory that no file backs grows by the reordered convolutions in the files' dtype, by all weights in another.
+
+    In the latter case a file's pages are let go of before the next one is read.
+    """
+    files = [list(load_file(path).values()) for path in large_folder.glob("*/*.safetensors")]
+    sizes = sorted(sum(weight.nbytes for weight in weights) for weights in files)
+    convolutions = sum(weight.nbytes for weights in files for weight in weights if weight.ndim == 4)
+    copied = {"float16": convolutions, "float32": 2 * sum(sizes)}
     command = [sys.executable, "-c", MEASURE_LOADING, str(large_folder)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    for dtype, grown in json.loads(output).items():
-        print(f"{dtype}: {grown / 1e6:.0f} MB for {copied[dtype] / 1e6:.0f} MB; files {total / 1e6:.0f} MB")
+    for dtype, (grown, mapped) in json.loads(output).items():
+        print(f"{dtype}: {grown / 1e6:.0f} MB for {copied[dtype] / 1e6:.0f} MB, {mapped / 1e6:.0f} MB of files {sizes}")
         assert abs(grown - copied[dtype]) < 48e6  # if it sees too little, it measures nothing
+    assert sizes[-1] - 8e6 < mapped < sizes[-1] + 24e6 < sum(sizes) - 24e6
 
 
 def test_environment_names_the_default_model(saved, tmp_path, monkeypatch):
