@@ -4,7 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pz.kernels.dispatch import HALF_DTYPES, channels_last, choose_triton, launch, library_op, tl, triton
+from p2pz.kernels.dispatch import (
+    HALF_DTYPES,
+    channels_last,
+    check_bias,
+    choose_triton,
+    launch,
+    library_op,
+    tl,
+    triton,
+)
 from p2pz.kernels.tiles import dot
 
 FEWEST = 64
@@ -62,10 +71,9 @@ def launch_settings(tile: list[int], channels_in: int, channels_out: int) -> dic
     return blocks | {"WHOLE": whole, "num_warps": warps, "num_stages": stages}
 
 
-def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """`conv2d(x, weight, bias) + residual` with a border of one zero."""
-    y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), padding=1)
-    return y if residual is None else y + residual
+def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`conv2d(x, weight, bias)` with a border of one zero."""
+    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), padding=1)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -75,10 +83,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 class _KeepingTheWeightAlone(torch.autograd.Function):
-    """`conv3x3_reference` without a residual; PyTorch's own would keep `x` too, though only weights' gradients read it.
-
-    The weight is frozen.
-    """
+    """`conv3x3_reference`, its weight frozen; PyTorch would keep `x` too, though only weights' gradients read it."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -100,7 +105,6 @@ def _conv3x3_kernel(
     p_x,  # [positions, channels_in], positions of all images, row by row
     p_w,  # [channels_out, 9, channels_in], or [channels_in, 9, channels_out] if TRANSPOSED
     p_bias,  # [channels_out] or None
-    p_residual,  # [positions, channels_out] or None
     p_y,  # [positions, channels_out], or float32 [splits, positions, channels_out]
     positions,
     height,  # sizes are no constants, lest every layer be compiled anew
@@ -150,8 +154,6 @@ def _conv3x3_kernel(
     if not SPLIT:
         if p_bias is not None:
             b_y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-        if p_residual is not None:
-            b_y += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
     else:
         p_y += i_s.to(tl.int64) * positions * channels_out
     tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m_y)
@@ -161,7 +163,6 @@ def _conv3x3_kernel(
 def _sum_kernel(
     p_part,  # float32 [splits, positions, channels_out]
     p_bias,  # [channels_out] or None
-    p_residual,  # [positions, channels_out] or None
     p_y,  # [positions, channels_out]
     positions,
     channels_out,
@@ -177,8 +178,6 @@ def _sum_kernel(
         p_part += tl.cast(positions, tl.int64) * channels_out
     if p_bias is not None:
         b_y += tl.load(p_bias + o_n, mask=mask, other=0.0).to(tl.float32)
-    if p_residual is not None:
-        b_y += tl.load(p_residual + o_y, mask=mask, other=0.0).to(tl.float32)
     tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=mask)
 
 
@@ -188,15 +187,14 @@ def map_like(x: Tensor, channels: int, size: tuple[int, int] | None = None) -> T
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def sum_parts(part: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> None:
-    """Write the sum of float32 parts of a channels-last map, `[splits, ...]`, of bias and residual, to `y`."""
+def sum_parts(part: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Write the sum of float32 parts of a channels-last map, `[splits, ...]`, and of the bias to `y`."""
     block, warps = SUM_TILE
     launch(
         _sum_kernel,
         (triton.cdiv(y.numel(), block),),
         part,
         bias,
-        residual,
         y,
         y.numel() // y.shape[1],
         y.shape[1],
@@ -206,12 +204,9 @@ def sum_parts(part: Tensor, bias: Tensor | None, residual: Tensor | None, y: Ten
     )
 
 
-def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, transposed: bool, tile: list[int]
-) -> Tensor:
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, tile: list[int]) -> Tensor:
     x, weight = channels_last(x), channels_last(weight)
     bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else channels_last(residual)
     batch, channels_in, height, width = x.shape
     channels_out = weight.shape[1 if transposed else 0]
     positions = batch * height * width
@@ -226,7 +221,6 @@ def _launch(
         x,
         weight,
         bias if whole else None,
-        residual if whole else None,
         part,
         positions,
         height,
@@ -237,24 +231,24 @@ def _launch(
         **launch_settings(tile, channels_in, channels_out),
     )
     if not whole:
-        sum_parts(part, bias, residual, y)
+        sum_parts(part, bias, y)
     return y
 
 
 @library_op("p2pz::conv3x3")
-def _conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, tile: list[int]) -> Tensor:
+def _conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, tile: list[int]) -> Tensor:
     """`tile` overrides `plan` unless it is empty."""
-    return _launch(x, weight, bias, residual, False, tile)
+    return _launch(x, weight, bias, False, tile)
 
 
 @_conv3x3.register_fake
-def _(x, weight, bias, residual, tile):
+def _(x, weight, bias, tile):
     return map_like(x, weight.shape[0])
 
 
 @library_op("p2pz::conv3x3_input_gradient")
 def _conv3x3_input_gradient(dy: Tensor, weight: Tensor, tile: list[int]) -> Tensor:
-    return _launch(dy, weight, None, None, True, tile)
+    return _launch(dy, weight, None, True, tile)
 
 
 @_conv3x3_input_gradient.register_fake
@@ -263,31 +257,27 @@ def _(dy, weight, tile):
 
 
 def _save(ctx, inputs, output):
-    _, weight, _, _, ctx.tile = inputs
+    _, weight, _, ctx.tile = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(weight)
 
 
 def _gradient(ctx, dy):
-    x_wants, _, _, residual_wants, _ = ctx.needs_input_grad
-    dx = _conv3x3_input_gradient(dy, *ctx.saved_tensors, ctx.tile) if x_wants and dy is not None else None
-    return dx, None, None, dy if residual_wants else None, None
+    wanted = ctx.needs_input_grad[0] and dy is not None
+    return _conv3x3_input_gradient(dy, *ctx.saved_tensors, ctx.tile) if wanted else None, None, None, None
 
 
 _conv3x3.register_autograd(_gradient, setup_context=_save)
 
 
-def conv3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *, backend: str = "auto"
-) -> Tensor:
-    """3x3 convolution with a border of one zero: `conv2d(x, weight, bias, padding=1) + residual`.
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """3x3 convolution with a border of one zero: `conv2d(x, weight, bias, padding=1)`.
 
     Args:
         x: `[B, Cin, h, w]`. The kernel takes float16 and bfloat16, and reads channels-last memory in place; it copies
-            other layouts, those of the weight and the residual, too.
+            other layouts, those of the weight, too.
         weight: `[Cout, Cin, 3, 3]`, dtype of `x`. The kernel gives no gradient for it.
         bias: `[Cout]`, dtype of `x`, or float32. No gradient either.
-        residual: `[B, Cout, h, w]`, dtype of `x`.
         backend: `"auto"`, `"torch"` or `"triton"`. `"auto"` takes the kernel for the sizes at which it was faster, few
             of all: maps of 8 x 8, some of three images, and few channels on one side.
 
@@ -304,37 +294,23 @@ def conv3x3(
         raise ValueError(
             f"weight must be [Cout, {channels_in}, 3, 3] to go with x {list(x.shape)}, not {list(weight.shape)}"
         )
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(
+            f"weight is {weight.dtype} on {weight.device}, but x is {x.dtype} on {x.device}: they must agree"
+        )
     channels_out = len(weight)
-    tensors = [x, weight]
-    unsupported = None if x.dtype in HALF_DTYPES else f"{x.dtype} is not supported: float16 and bfloat16 are"
+    unsupported = check_bias(bias, x, channels_out, f"weight {list(weight.shape)}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        unsupported = "weight requires a gradient: the kernel gives none for it"
+    if x.dtype not in HALF_DTYPES:
+        unsupported = f"{x.dtype} is not supported: float16 and bfloat16 are"
     if batch * height * width * max(channels_in, channels_out) >= 1 << 31:
         unsupported = "maps of 2^31 elements or more are not supported"
-    for name, tensor, shape in (
-        ("weight", weight, weight.shape),
-        ("bias", bias, (channels_out,)),
-        ("residual", residual, (batch, channels_out, height, width)),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} must be {list(shape)} to go with x {list(x.shape)} and weight {list(weight.shape)}, "
-                f"not {list(tensor.shape)}"
-            )
-        also = " or float32" if name == "bias" else ""
-        if tensor.dtype not in (x.dtype, torch.float32 if also else x.dtype) or tensor.device != x.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}: its dtype must be "
-                f"that of x{also}, its device the same"
-            )
-        if name != "residual" and tensor.requires_grad and torch.is_grad_enabled():
-            unsupported = f"{name} requires a gradient: the kernel gives one for x and residual only"
-        tensors.append(tensor)
     if backend == "auto" and not _tile(batch * height * width, channels_in, channels_out):
         backend = "torch"
-    if choose_triton(backend, unsupported, *tensors):
-        return _conv3x3(x, weight, bias, residual, [])
+    if choose_triton(backend, unsupported, x, weight, *([] if bias is None else [bias])):
+        return _conv3x3(x, weight, bias, [])
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if residual is None and frozen and x.requires_grad and torch.is_grad_enabled():
+    if frozen and x.requires_grad and torch.is_grad_enabled():
         return _KeepingTheWeightAlone.apply(x, weight, bias)
-    return conv3x3_reference(x, weight, bias, residual)
+    return conv3x3_reference(x, weight, bias)

@@ -178,7 +178,7 @@ def _launch(source: Tensor, merged: Tensor, bias: Tensor | None, transposed: boo
         **launch_settings(tile, channels_in, channels_out),
     )
     if splits > 1:
-        sum_parts(part, bias, None, y)
+        sum_parts(part, bias, y)
     return y
 
 

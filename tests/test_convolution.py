@@ -16,23 +16,23 @@ def channels_last(tensor):
 
 
 def inputs(shape, channels_out, device, dtype=torch.float16):
-    """x, weight, bias, residual, and a slope of the output; channels-last."""
+    """x, weight, bias, and a slope of the output; channels-last."""
     batch, channels, height, width = shape
     x = channels_last(torch.randn(shape, device=device).to(dtype))
     weight = torch.randn(channels_out, channels, 3, 3, device=device) / (3 * channels**0.5)
     bias = torch.randn(channels_out, device=device).to(dtype)
-    residual, slope = (torch.randn(batch, channels_out, height, width, device=device).to(dtype) for _ in range(2))
-    return x, channels_last(weight.to(dtype)), bias, channels_last(residual), channels_last(slope)
+    slope = torch.randn(batch, channels_out, height, width, device=device).to(dtype)
+    return x, channels_last(weight.to(dtype)), bias, channels_last(slope)
 
 
-def results(function, x, weight, bias, residual, slope):
-    """Output and gradients to x and the residual, if there is one."""
-    wanted = [tensor.detach().requires_grad_() for tensor in (x, residual) if tensor is not None]
-    y = function(wanted[0], weight, bias, None if residual is None else wanted[1])
-    return [y, *torch.autograd.grad(y, wanted, slope)]
+def results(function, x, weight, bias, slope):
+    """Output and gradient to x."""
+    x = x.detach().requires_grad_()
+    y = function(x, weight, bias)
+    return [y, *torch.autograd.grad(y, x, slope)]
 
 
-def check(x, weight, bias, residual, slope, assert_close, tile=None):
+def check(x, weight, bias, slope, assert_close, tile=None):
     """The kernel against the reference in float64, and against the reference's error in the dtype of x.
 
     The kernel is called with a plan of its own, or with `tile`.
@@ -43,38 +43,38 @@ def check(x, weight, bias, residual, slope, assert_close, tile=None):
             return convolution._conv3x3(*tensors, tile)
         return conv3x3(*tensors, backend="triton")
 
-    tensors = (x, weight, bias, residual, slope)
+    tensors = (x, weight, bias, slope)
     ours = results(kernel, *tensors)
     plain = results(conv3x3_reference, *tensors)
     exact = results(conv3x3_reference, *(None if tensor is None else tensor.double() for tensor in tensors))
-    for name, actual, other, expected in zip(("y", "dx", "residual"), ours, plain, exact, strict=False):
+    for name, actual, other, expected in zip(("y", "dx"), ours, plain, exact, strict=True):
         plain_error = ((other.double() - expected).norm() / expected.norm()).item()
         assert actual.dtype == x.dtype, name
-        assert_close(actual, expected, min(BOUNDS[x.dtype], 2 * plain_error + 1e-4))
+        factor = 2 if x.is_cuda or x.dtype == torch.float16 else 2.5  # the interpreter cuts bfloat16 off, not rounds
+        assert_close(actual, expected, min(BOUNDS[x.dtype], factor * plain_error + 1e-4))
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
     assert ours[1].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
-    ("shape", "channels_out", "dtype", "bias_dtype", "has_residual", "tile"),
+    ("shape", "channels_out", "dtype", "bias_dtype", "tile"),
     [  # tile: BLOCK_M, BLOCK_N, BLOCK_K, splits, warps, stages
-        ((1, 64, 8, 8), 64, torch.float16, torch.float16, True, [64, 64, 64, 1, 4, 4]),
-        ((1, 64, 8, 8), 64, torch.float16, torch.float16, True, [64, 64, 64, 9, 4, 4]),  # a split per tap
-        ((3, 70, 5, 7), 24, torch.float16, torch.float32, True, [64, 64, 64, 5, 4, 3]),  # nothing is a multiple
-        ((3, 24, 7, 5), 70, torch.bfloat16, torch.bfloat16, True, [64, 64, 64, 1, 4, 3]),
-        ((2, 136, 3, 4), 40, torch.bfloat16, None, True, [64, 64, 64, 4, 4, 3]),
-        ((2, 128, 6, 4), 72, torch.float16, torch.float16, False, [64, 64, 128, 2, 4, 3]),
-        ((1, 65, 9, 16), 130, torch.float16, None, False, [128, 128, 64, 2, 8, 3]),
-        ((1, 3, 1, 1), 1, torch.float16, torch.float16, True, [64, 64, 64, 1, 4, 3]),
-        ((1, 8, 1, 1), 8, torch.float16, torch.float16, True, [64, 64, 64, 2, 4, 3]),
-        ((1, 1, 1, 5), 5, torch.float16, torch.float16, True, [64, 64, 64, 7, 4, 3]),
+        ((1, 64, 8, 8), 64, torch.float16, torch.float16, [64, 64, 64, 1, 4, 4]),
+        ((1, 64, 8, 8), 64, torch.float16, torch.float16, [64, 64, 64, 9, 4, 4]),  # a split per tap
+        ((3, 70, 5, 7), 24, torch.float16, torch.float32, [64, 64, 64, 5, 4, 3]),  # nothing is a multiple
+        ((3, 24, 7, 5), 70, torch.bfloat16, torch.bfloat16, [64, 64, 64, 1, 4, 3]),
+        ((2, 136, 3, 4), 40, torch.bfloat16, None, [64, 64, 64, 4, 4, 3]),
+        ((2, 128, 6, 4), 72, torch.float16, torch.float16, [64, 64, 128, 2, 4, 3]),
+        ((1, 65, 9, 16), 130, torch.float16, None, [128, 128, 64, 2, 8, 3]),
+        ((1, 3, 1, 1), 1, torch.float16, torch.float16, [64, 64, 64, 1, 4, 3]),
+        ((1, 8, 1, 1), 8, torch.float16, torch.float16, [64, 64, 64, 2, 4, 3]),
+        ((1, 1, 1, 5), 5, torch.float16, torch.float16, [64, 64, 64, 7, 4, 3]),
     ],
     ids=str,
 )
-def test_conv3x3(shape, channels_out, dtype, bias_dtype, has_residual, tile, device, assert_close):
-    x, weight, bias, residual, slope = inputs(shape, channels_out, device, dtype)
-    bias = None if bias_dtype is None else bias.to(bias_dtype)
-    check(x, weight, bias, residual if has_residual else None, slope, assert_close, tile)
+def test_conv3x3(shape, channels_out, dtype, bias_dtype, tile, device, assert_close):
+    x, weight, bias, slope = inputs(shape, channels_out, device, dtype)
+    check(x, weight, None if bias_dtype is None else bias.to(bias_dtype), slope, assert_close, tile)
 
 
 @pytest.mark.parametrize(
@@ -104,24 +104,25 @@ def test_each_tap(device):
         weight = torch.zeros(8, 8, 9, device=device, dtype=torch.float16)
         weight[:, :, tap] = torch.eye(8).roll(1, 0)
         weight = weight.view(8, 8, 3, 3)
-        y, expected = convolution._conv3x3(x, weight, None, None, [64, 64, 64, 1, 4, 3]), conv3x3_reference(x, weight)
+        y, expected = convolution._conv3x3(x, weight, None, [64, 64, 64, 1, 4, 3]), conv3x3_reference(x, weight)
         assert torch.equal(y, expected)
         assert torch.equal(torch.autograd.grad(y, x, y)[0], torch.autograd.grad(expected, x, y)[0])
 
 
 def test_rounds_once(device):
     """In float16, 2048 + 1 is 2048: the sum of both small terms would be lost."""
-    x, one = torch.full((1, 8, 2, 2), 2048.0, device=device).half(), torch.ones(1, 8, 2, 2, device=device).half()
+    x, bias = torch.full((1, 8, 2, 2), 2048.0, device=device).half(), torch.ones(8, device=device).half()
+    x[:, 1] = 1
     weight = torch.zeros(8, 8, 3, 3, device=device).half()
-    weight[:, 0, 1, 1] = 1
+    weight[:, :2, 1, 1] = 1
     for splits in (1, 3):
-        assert (convolution._conv3x3(x, weight, one[0, :, 0, 0], one, [64, 64, 64, splits, 4, 3]) == 2050).all()
+        assert (convolution._conv3x3(x, weight, bias, [64, 64, 64, splits, 4, 3]) == 2050).all()
 
 
 def test_layouts(device):
     """Memory that is not channels-last is copied."""
-    x, weight, bias, residual, slope = inputs((2, 24, 5, 6), 16, device)
-    wanted = results(lambda *tensors: conv3x3(*tensors, backend="triton"), x, weight, bias, residual, slope)
+    x, weight, bias, slope = inputs((2, 24, 5, 6), 16, device)
+    wanted = results(lambda *tensors: conv3x3(*tensors, backend="triton"), x, weight, bias, slope)
     layouts = (
         lambda tensor: tensor.contiguous(),
         lambda tensor: torch.cat([tensor, tensor], 1)[:, tensor.shape[1] :],
@@ -130,50 +131,39 @@ def test_layouts(device):
         lambda tensor: tensor.repeat_interleave(2, 0)[::2],
     )
     for layout in layouts:
-        tensors = layout(x), layout(weight), bias.repeat_interleave(2)[::2], layout(residual), layout(slope)
+        tensors = layout(x), layout(weight), bias.repeat_interleave(2)[::2], layout(slope)
         ours = results(lambda *tensors: conv3x3(*tensors, backend="triton"), *tensors)
         for actual, expected in zip(ours, wanted, strict=True):
             assert torch.equal(actual, expected)
         assert ours[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_gradients_that_are_wanted(device, monkeypatch):
-    """The residual's is the slope itself, and nothing is launched for it."""
-    x, weight, bias, residual, slope = inputs((1, 8, 3, 3), 8, device)
-    residual.requires_grad_()
-    y = conv3x3(x, weight, bias, residual, backend="triton")
-    monkeypatch.setattr(convolution, "_launch", None)
-    assert torch.autograd.grad(y, residual, slope)[0].data_ptr() == slope.data_ptr()
-    monkeypatch.undo()
-    assert not conv3x3(x, weight, bias, residual.detach(), backend="triton").requires_grad
-
-
 def test_reference():
-    x, weight, bias, residual, _ = (tensor.double().requires_grad_() for tensor in inputs((2, 3, 3, 4), 2, "cpu"))
+    x, weight, bias, _ = (tensor.double().requires_grad_() for tensor in inputs((2, 3, 3, 4), 2, "cpu"))
     padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
     taps = ((row, column) for row in range(3) for column in range(3))
     shifted = (
         torch.einsum("bchw,dc->bdhw", padded[:, :, row : row + 3, column : column + 4], weight[:, :, row, column])
         for row, column in taps
     )
-    expected = sum(shifted) + bias[:, None, None] + residual
-    torch.testing.assert_close(conv3x3(x, weight, bias, residual), expected)
-    assert torch.autograd.gradcheck(conv3x3_reference, (x, weight, bias, residual))
+    expected = sum(shifted) + bias[:, None, None]
+    torch.testing.assert_close(conv3x3(x, weight, bias), expected)
+    assert torch.autograd.gradcheck(conv3x3_reference, (x, weight, bias))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad, device):
-    x, weight, bias, residual, slope = inputs((2, 16, 3, 2), 8, device)
-    x.requires_grad_(requires_grad), residual.requires_grad_(requires_grad)
-    torch.library.opcheck(convolution._conv3x3, (x, weight, bias, residual, []))
-    torch.library.opcheck(convolution._conv3x3, (x.detach(), weight.contiguous(), None, None, [64, 64, 64, 1, 4, 3]))
+    x, weight, bias, slope = inputs((2, 16, 3, 2), 8, device)
+    x.requires_grad_(requires_grad)
+    torch.library.opcheck(convolution._conv3x3, (x, weight, bias, []))
+    torch.library.opcheck(convolution._conv3x3, (x.detach(), weight.contiguous(), None, [64, 64, 64, 1, 4, 3]))
     torch.library.opcheck(convolution._conv3x3_input_gradient, (slope, weight, []))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=gpu_only)])
 def test_compiles_as_one_graph(compiler, device, assert_close):
-    def scaled(x, weight, bias, residual):
-        return 2 * conv3x3(x * 3, weight, bias, residual, backend="triton")
+    def scaled(x, weight, bias):
+        return 2 * conv3x3(x * 3, weight, bias, backend="triton")
 
     torch._dynamo.reset()
     tensors = inputs((2, 24, 4, 5), 16, device)
@@ -184,15 +174,15 @@ def test_compiles_as_one_graph(compiler, device, assert_close):
 
 @gpu_only
 def test_cuda_graph(device):
-    x, weight, bias, residual, _ = inputs((1, 1280, 8, 8), 1280, device)
-    conv3x3(x, weight, bias, residual, backend="triton")
+    x, weight, bias, _ = inputs((1, 1280, 8, 8), 1280, device)
+    conv3x3(x, weight, bias, backend="triton")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = conv3x3(x, weight, bias, residual, backend="triton")
+        captured = conv3x3(x, weight, bias, backend="triton")
     x.copy_(torch.randn_like(x))
     graph.replay()
-    assert torch.equal(captured, conv3x3(x, weight, bias, residual, backend="triton"))  # the same sum each time
+    assert torch.equal(captured, conv3x3(x, weight, bias, backend="triton"))  # the same sum each time
 
 
 @gpu_only
@@ -223,8 +213,6 @@ def test_sd_shapes(batch, side, channels_in, channels_out, device, assert_close)
         ({"weight": torch.zeros(4, 8, 3, 3).half()}, "weight is torch.float16"),
         ({"bias": torch.zeros(8)}, r"bias must be \[4\].*not \[8\]"),
         ({"bias": torch.zeros(4).half()}, "bias is torch.float16.*or float32"),
-        ({"residual": torch.zeros(2, 4, 1, 1)}, r"residual must be \[2, 4, 3, 3\].*not \[2, 4, 1, 1\]"),
-        ({"residual": torch.zeros(2, 4, 3, 3).half()}, "residual is torch.float16"),
         ({"backend": "cuda"}, "backend must be"),
         ({"backend": "triton"}, "torch.float32 is not supported"),
     ],
@@ -287,7 +275,7 @@ LAYOUTS = [channels_last, torch.Tensor.contiguous]
 )
 def test_frozen_weights_keep_no_map(shape, channels_out, dtype, has_bias, layout):
     """Where a gradient to x alone is wanted, the weight is all that it needs."""
-    x, weight, bias, _, slope = (layout(t) if t.ndim == 4 else t for t in inputs(shape, channels_out, "cpu", dtype))
+    x, weight, bias, slope = (layout(t) if t.ndim == 4 else t for t in inputs(shape, channels_out, "cpu", dtype))
     bias = bias if has_bias else None
     x.requires_grad_()
     kept = []
@@ -303,7 +291,7 @@ def test_frozen_weights_keep_no_map(shape, channels_out, dtype, has_bias, layout
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_trained_weights_have_gradients(has_bias, layout, assert_close):
-    x, weight, bias, _, slope = (layout(t) if t.ndim == 4 else t for t in inputs((2, 4, 5, 3), 6, "cpu", torch.float64))
+    x, weight, bias, slope = (layout(t) if t.ndim == 4 else t for t in inputs((2, 4, 5, 3), 6, "cpu", torch.float64))
     tensors = [tensor.requires_grad_() for tensor in ((x, weight, bias) if has_bias else (x, weight))]
     y, expected = conv3x3(*tensors), F.conv2d(*tensors, padding=1)
     ours, theirs = (torch.autograd.grad(result, tensors, slope) for result in (y, expected))
@@ -311,34 +299,29 @@ def test_trained_weights_have_gradients(has_bias, layout, assert_close):
         assert_close(actual, wanted, 1e-12)
 
 
-@pytest.mark.parametrize("has_residual", [False, True])
-def test_frozen_weights_with_trained_others(has_residual):
-    """A bias that is trained and a residual have their gradients, whatever is kept."""
-    x, weight, bias, residual, slope = inputs((1, 4, 3, 3), 4, "cpu", torch.float64)
-    for wanted in ((x, bias, residual), (x, residual), (bias,)) if has_residual else ((x, bias), (bias,)):
-        for tensor in (x, bias, residual):
+def test_frozen_weights_with_a_trained_bias():
+    """The bias has its gradient, whatever is kept."""
+    x, weight, bias, slope = inputs((1, 4, 3, 3), 4, "cpu", torch.float64)
+    for wanted in ((x, bias), (bias,)):
+        for tensor in (x, bias):
             tensor.requires_grad_(any(tensor is other for other in wanted))
-        y, expected = conv3x3(x, weight, bias, residual if has_residual else None), F.conv2d(x, weight, bias, padding=1)
-        expected = expected + residual if has_residual else expected
-        for actual, other in zip(
-            *(torch.autograd.grad(result, wanted, slope) for result in (y, expected)), strict=True
-        ):
+        both = conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
+        for actual, other in zip(*(torch.autograd.grad(result, wanted, slope) for result in both), strict=True):
             torch.testing.assert_close(actual, other)
 
 
 def test_frozen_weights_differentiate_twice():
-    x, weight, bias, _, _ = inputs((1, 2, 3, 2), 2, "cpu", torch.float64)
+    x, weight, bias, _ = inputs((1, 2, 3, 2), 2, "cpu", torch.float64)
     assert torch.autograd.gradcheck(lambda x: conv3x3(x, weight, bias), (x.requires_grad_(),))
     assert torch.autograd.gradgradcheck(lambda x: conv3x3(x, weight, bias).square(), (x,))
 
 
 def test_frozen_weights_compile_as_one_graph(assert_close):
-    def scaled(x, weight, bias, residual):
+    def scaled(x, weight, bias):
         return 2 * conv3x3(x * 3, weight, bias)
 
     torch._dynamo.reset()
-    x, weight, bias, _, slope = inputs((2, 4, 3, 2), 4, "cpu", torch.float32)
+    tensors = inputs((2, 4, 3, 2), 4, "cpu", torch.float32)
     compiled = torch.compile(scaled, backend="aot_eager", fullgraph=True)
-    tensors = x, weight, bias, None, slope
     for actual, expected in zip(results(compiled, *tensors), results(scaled, *tensors), strict=True):
         assert_close(actual, expected)
