@@ -263,8 +263,9 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, dy):
-    wanted = ctx.needs_input_grad[0] and dy is not None
-    return _conv3x3_input_gradient(dy, *ctx.saved_tensors, ctx.tile) if wanted else None, None, None, None
+    if dy is None or not ctx.needs_input_grad[0]:
+        return None, None, None, None
+    return _conv3x3_input_gradient(dy, *ctx.saved_tensors, ctx.tile), None, None, None
 
 
 _conv3x3.register_autograd(_gradient, setup_context=_save)
@@ -301,14 +302,15 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
     channels_out = len(weight)
     unsupported = check_bias(bias, x, channels_out, f"weight {list(weight.shape)}")
     if weight.requires_grad and torch.is_grad_enabled():
-        unsupported = "weight requires a gradient: the kernel gives none for it"
+        unsupported = "weight requires a gradient: the kernel gives one for x only"
     if x.dtype not in HALF_DTYPES:
         unsupported = f"{x.dtype} is not supported: float16 and bfloat16 are"
     if batch * height * width * max(channels_in, channels_out) >= 1 << 31:
         unsupported = "maps of 2^31 elements or more are not supported"
     if backend == "auto" and not _tile(batch * height * width, channels_in, channels_out):
         backend = "torch"
-    if choose_triton(backend, unsupported, x, weight, *([] if bias is None else [bias])):
+    tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    if choose_triton(backend, unsupported, *tensors):
         return _conv3x3(x, weight, bias, [])
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     if frozen and x.requires_grad and torch.is_grad_enabled():

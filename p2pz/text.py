@@ -173,8 +173,11 @@ def check_text(text: Any) -> None:
         raise ValueError(f"this text is not valid Unicode (UTF-8): {printable(repr(text), 100)}") from None
 
 
-def _tokens(tokenizer: CLIPTokenizer, sentences: list[str], warn: bool = True) -> Tensor:
-    """Sentences as numbers `[n, 77]`, padded or cut; a cut is warned of."""
+def _tokens(tokenizer: CLIPTokenizer, sentences: list[str], device: torch.device, warn: bool = True) -> Tensor:
+    """Sentences as numbers `[n, 77]`, padded or cut; a cut is warned of.
+
+    Nothing waits for the copy to the device, so that the next batch is read while this one is encoded.
+    """
     length = tokenizer.model_max_length
     with quiet_transformers():  # it would warn of long sentences too
         all_ids = tokenizer(sentences).input_ids
@@ -183,7 +186,7 @@ def _tokens(tokenizer: CLIPTokenizer, sentences: list[str], warn: bool = True) -
             warnings.warn(f"only the first {length - 2} tokens count of: {printable(sentence, 200)}", stacklevel=4)
     padding = [tokenizer.pad_token_id] * length
     rows = [[*ids[: length - 1], ids[-1]] if len(ids) > length else (ids + padding)[:length] for ids in all_ids]
-    return torch.tensor(rows)
+    return torch.tensor(rows).to(device, non_blocking=True)
 
 
 def _batches(sentences: Sequence[str], size: int) -> list[list[str]]:
@@ -221,7 +224,7 @@ def encode_text(
 
     states = []
     for batch in _batches(sentences, batch_size):
-        tokens = [_tokens(tokenizer, batch).to(encoder.device, non_blocking=True)]  # the next batch is read meanwhile
+        tokens = [_tokens(tokenizer, batch, encoder.device)]
         often = len(batch) in (1, batch_size)
         states += graphs.call(("text", id(encoder)), last_states, tokens) if often else last_states(*tokens)
     return torch.cat(states)
@@ -254,7 +257,7 @@ def encode_text_twice(
     states = []
     for batch in _batches(sentences, batch_size):
         first, second = (
-            encoder(_tokens(tokenizer, batch, i == 0).to(encoder.device), output_hidden_states=True)
+            encoder(_tokens(tokenizer, batch, encoder.device, i == 0), output_hidden_states=True)
             for i, (tokenizer, encoder) in enumerate(zip(tokenizers, encoders, strict=True))
         )
         tokens = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)

@@ -50,7 +50,7 @@ def check(x, weight, bias, slope, assert_close, tile=None):
     for name, actual, other, expected in zip(("y", "dx"), ours, plain, exact, strict=True):
         plain_error = ((other.double() - expected).norm() / expected.norm()).item()
         assert actual.dtype == x.dtype, name
-        factor = 2 if x.is_cuda or x.dtype == torch.float16 else 2.5  # the interpreter cuts bfloat16 off, not rounds
+        factor = 2 if x.is_cuda or x.dtype == torch.float16 else 2.2  # the interpreter cuts bfloat16 off, not rounds
         assert_close(actual, expected, min(BOUNDS[x.dtype], factor * plain_error + 1e-4))
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
     assert ours[1].is_contiguous(memory_format=torch.channels_last)
